@@ -1,0 +1,1 @@
+"""Membership, plan, tiles, sessions: everything that is decided once for all hands. Never imports torch."""

@@ -1,0 +1,1 @@
+"""The arithmetic: tiles to blocks, decoder, KV cache, reduce, sampler, device profile. Opens no socket."""
