@@ -1,0 +1,48 @@
+"""The arithmetic of a star: add the members' parts in a fixed order, and carry hidden states as bytes.
+
+Knows nothing of sockets or of who the members are. A fixed order and one broadcast result keep all members
+bit-identical.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from protocol.errors import FrameMalformed, StepFailed
+from protocol.specs import ActivationFormat
+from runtime.tensors import as_bytes, as_tensor, dtype_of
+
+
+@torch.inference_mode()
+def sum_partials(parts: Sequence[Tensor | None], activations: ActivationFormat) -> Tensor:
+    """Add the parts in rank order in fp32 and cast once at the end; None is a member without a part.
+
+    The parts are left as they are. Raises StepFailed when there is none, or their shapes differ.
+    """
+    present = [part for part in parts if part is not None]
+    if not present:
+        raise StepFailed(f"none of {len(parts)} members holds a part of this sum")
+    if any(part.shape != present[0].shape for part in present):
+        raise StepFailed(f"parts of one sum have shapes {[list(part.shape) for part in present]}")
+    if len(present) == 1:
+        return present[0].to(dtype_of(activations))
+    total = torch.add(present[0].float(), present[1])
+    for part in present[2:]:
+        total += part
+    return total.to(dtype_of(activations))
+
+
+def to_wire(tensor: Tensor, activations: ActivationFormat) -> memoryview:
+    """Return the values, row-major, in the wire's format; shares memory when no cast, move or reorder is needed."""
+    return as_bytes(tensor.to(dtype_of(activations)))
+
+
+def from_wire(buffer: memoryview | bytes, activations: ActivationFormat, shape: tuple[int, ...]) -> Tensor:
+    """View a frame as a tensor that must not be written to; raises FrameMalformed when its length is wrong."""
+    try:
+        return as_tensor(buffer, dtype_of(activations), shape)
+    except ValueError as error:
+        raise FrameMalformed(f"tensor frame: {error}") from error

@@ -1,0 +1,247 @@
+"""Random checkpoints of transformers, their `ModelSpec`, and their tiles cut straight from the state dict."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from protocol.batches import Sampling, SessionRows
+from protocol.ids import SessionId
+from protocol.specs import ActivationFormat, ModelSpec, RopeKind, RopeSpec, Span, WeightFormat, default_ffn_tiles
+from protocol.tiles import TileId, tile_bytes, tile_parts, tile_slices
+from runtime import sampler
+from runtime.blocks import StageShare
+from runtime.decoder import Reduce, StageModel, load_stage
+from runtime.head import Head
+from runtime.reduce import sum_partials
+
+CPU = torch.device("cpu")
+GREEDY = Sampling()
+
+SMALL = {
+    "vocab_size": 131,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 160,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.15,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama2-mha": ("Llama", {"num_key_value_heads": 4}),
+    "llama3-gqa": ("Llama", {"rope_parameters": LLAMA3_ROPE, "num_attention_heads": 8}),
+    "llama3-tied": ("Llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
+    "llama-linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}}),
+    "llama-biased": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "mistral-window": ("Mistral", {"sliding_window": 9, "head_dim": 16}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {"head_dim": 24}),
+}
+
+
+def make_model(family: str, **changes: Any) -> Any:
+    """Return a random model in eval mode; biases and norms are random too, so that a forgotten one shows."""
+    kind, own = FAMILIES[family]
+    config = getattr(transformers, f"{kind}Config")(**{**SMALL, "tie_word_embeddings": False, **own, **changes})
+    torch.manual_seed(7)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("bias"):
+                weight.normal_(0, 0.3)
+            elif "norm" in name:
+                weight.uniform_(0.5, 1.5)
+    return model
+
+
+def spec_of(model: Any, activations: ActivationFormat = ActivationFormat.FLOAT32) -> ModelSpec:
+    """Read a spec off a transformers config (the product has its own, strict reader)."""
+    config, rope = model.config, model.config.rope_parameters
+    state = model.state_dict()
+    windows = [layer == "sliding_attention" for layer in getattr(config, "layer_types", None) or []]
+    if config.model_type == "mistral":
+        windows = [config.sliding_window is not None] * config.num_hidden_layers
+    return ModelSpec(
+        name="random",
+        family=config.model_type,
+        hidden=config.hidden_size,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        intermediate=config.intermediate_size,
+        vocab=config.vocab_size,
+        max_positions=config.max_position_embeddings,
+        norm_eps=config.rms_norm_eps,
+        rope=RopeSpec(
+            theta=rope["rope_theta"],
+            kind=RopeKind(rope["rope_type"]),
+            factor=rope.get("factor", 1.0),
+            low_freq_factor=rope.get("low_freq_factor", 1.0),
+            high_freq_factor=rope.get("high_freq_factor", 4.0),
+            original_max_positions=rope.get("original_max_position_embeddings", 0),
+        ),
+        ffn_tiles=default_ffn_tiles(config.intermediate_size),
+        weights=WeightFormat(activations.value),
+        activations=activations,
+        qkv_bias="model.layers.0.self_attn.q_proj.bias" in state,
+        o_bias="model.layers.0.self_attn.o_proj.bias" in state,
+        mlp_bias="model.layers.0.mlp.down_proj.bias" in state,
+        qk_norm="model.layers.0.self_attn.q_norm.weight" in state,
+        tied_embeddings=config.tie_word_embeddings,
+        sliding_windows=tuple(config.sliding_window if local else 0 for local in windows) if any(windows) else (),
+    )
+
+
+def cut_tile(spec: ModelSpec, state: dict[str, Tensor], tile: TileId) -> bytes:
+    """Cut one tile's bytes from a state dict."""
+    cut = bytearray(tile_bytes(spec, tile))
+    for part, piece in zip(tile_parts(spec, tile), tile_slices(spec, tile), strict=True):
+        tensor = state[piece.tensor]
+        if piece.rows is not None:
+            tensor = tensor[piece.rows.start : piece.rows.end]
+        if piece.cols is not None:
+            tensor = tensor[:, piece.cols.start : piece.cols.end]
+        values = tensor.to(getattr(torch, part.dtype)).contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        if len(values) != part.num_bytes:
+            raise AssertionError(f"{tile} {part.name}: {len(values)} != {part.num_bytes}")
+        cut[part.offset : part.offset + part.num_bytes] = values
+    return bytes(cut)
+
+
+def source_of(spec: ModelSpec, model: Any) -> Callable[[TileId], memoryview]:
+    """Return a tile source over a model's weights."""
+    state = model.state_dict()
+    return lambda tile: memoryview(cut_tile(spec, state, tile))
+
+
+Shares = Sequence[Sequence[StageShare]]
+"""For each stage in order, the shares of its members."""
+
+
+def whole(spec: ModelSpec) -> Shares:
+    """One worker that holds everything."""
+    return [[StageShare(layers=Span(0, spec.layers), groups=Span(0, spec.kv_heads), ffn=Span(0, spec.ffn_tiles))]]
+
+
+def shares(spec: ModelSpec, layers: Sequence[int], members: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Shares:
+    """Cut layers at `layers`; each stage has members with these cuts of groups and of FFN tiles."""
+    spans = [Span(start, end) for start, end in itertools.pairwise(layers)]
+    return [
+        [
+            StageShare(layers=span, groups=Span(*groups), ffn=Span(*ffn))
+            for groups, ffn in zip(
+                zip(cuts[0], cuts[0][1:], strict=False), zip(cuts[1], cuts[1][1:], strict=False), strict=True
+            )
+        ]
+        for span, cuts in zip(spans, members, strict=True)
+    ]
+
+
+class Crew:
+    """Stages in sequence, each of one thread a member, joined by a sum behind a barrier."""
+
+    def __init__(self, spec: ModelSpec, model: Any, plan: Shares, kv_budget_bytes: int = 2**26) -> None:
+        source = source_of(spec, model)
+        self.spec = spec
+        self.head = Head(spec, source, CPU)
+        self.stages = [
+            [load_stage(spec, share, source, kv_budget_bytes=kv_budget_bytes, device=CPU) for share in members]
+            for members in plan
+        ]
+
+    def logits(self, ids: Sequence[int], rows: tuple[SessionRows, ...]) -> Tensor:
+        """Pass the ids of a ragged batch through all stages."""
+        hidden = self.head.embed(ids)
+        for members in self.stages:
+            hidden = run_stage(self.spec, members, hidden, rows)
+        return self.head.logits(hidden, rows)
+
+    def generate(
+        self, prompt: Sequence[int], count: int, *, session: int = 1, chunks: Sequence[int] = ()
+    ) -> tuple[list[int], list[Tensor]]:
+        """Return the new tokens, greedily chosen, and the logits each was chosen from."""
+        ids, capacity, start = list(prompt), len(prompt) + count, 0
+        tokens: list[int] = []
+        seen: list[Tensor] = []
+        ends = [*chunks, len(prompt)]
+        while len(tokens) < count:
+            end = ends.pop(0) if ends else len(ids)
+            row = SessionRows(
+                session=SessionId(session), start=start, count=end - start, capacity=capacity, sample=not ends
+            )
+            logits = self.logits(ids[start:end], (row,))
+            start = end
+            if row.sample:
+                seen.append(logits[0])
+                tokens.append(sampler.choose(logits[0], GREEDY, history=ids, position=len(ids)).token)
+                ids.append(tokens[-1])
+        return tokens, seen
+
+
+def run_stage(spec: ModelSpec, members: Sequence[StageModel], hidden: Tensor, rows: tuple[SessionRows, ...]) -> Tensor:
+    """Run all members of one stage on the same input and check that they end bit-identical."""
+    if len(members) == 1:
+        return members[0].forward(hidden, rows, lambda op, part: sum_partials([part], spec.activations))
+    barrier = threading.Barrier(len(members), timeout=30)
+    parts: list[Tensor | None] = [None] * len(members)
+    results: list[Any] = [None] * len(members)
+
+    def reducer(rank: int) -> Reduce:
+        def reduce(op: int, part: Tensor | None) -> Tensor:
+            parts[rank] = part
+            barrier.wait()
+            total = sum_partials(list(parts), spec.activations)
+            barrier.wait()  # nobody may overwrite its part before all have added
+            return total
+
+        return reduce
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = members[rank].forward(hidden, rows, reducer(rank))
+        except BaseException as error:
+            barrier.abort()
+            results[rank] = error
+            raise
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(members))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    if not all(isinstance(result, Tensor) and torch.equal(result, results[0]) for result in results):
+        raise AssertionError(f"members differ: {results}")
+    return results[0]
+
+
+def expected(model: Any, prompt: Sequence[int], count: int) -> tuple[list[int], list[Tensor]]:
+    """Return what transformers generates greedily, and its fp32 logits at each position."""
+    out = model.generate(
+        torch.tensor([list(prompt)]),
+        attention_mask=torch.ones((1, len(prompt)), dtype=torch.int64),
+        max_new_tokens=count,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return out.sequences[0, len(prompt) :].tolist(), [step[0].float() for step in out.logits]
