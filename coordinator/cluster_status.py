@@ -1,0 +1,65 @@
+"""The cluster as people see it: a tree of plain values that the rim turns into JSON.
+
+Knows nothing of JSON, nor of how the values came about.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from coordinator.events import Phase
+from protocol.ids import WorkerId
+from protocol.messages import DeviceProfile, Role
+from protocol.plans import Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerStatus:
+    """One worker. `phase`, `resident_bytes`, `weight_bytes`, `kv_bytes` are from its last heartbeat.
+
+    `link`: "relay" when one of its links of the plan goes through the coordinator, else "direct".
+    """
+
+    name: WorkerId
+    role: Role
+    phase: str
+    profile: DeviceProfile
+    addresses: tuple[str, ...]
+    resident_bytes: int
+    weight_bytes: int
+    kv_bytes: int
+    last_heard_s: float
+    link: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionCounts:
+    """Sessions on the workers, and in the queue."""
+
+    running: int
+    waiting: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """Counts since the coordinator started; `requests`: those queued; `errors`: those that failed."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    requests: int = 0
+    errors: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterStatus:
+    """The whole cluster. `plan` is None while there is none; `last_error` is empty when nothing ever failed."""
+
+    term: int
+    epoch: int
+    phase: Phase
+    detail: str
+    plan: Plan | None
+    workers: tuple[WorkerStatus, ...]
+    sessions: SessionCounts
+    totals: Totals
+    last_error: str
