@@ -16,7 +16,7 @@ it, the paper gives, for layers of one attention and one FFN block of which all 
                          (6)  (l-1) t_attn + l t_ffn + (2l-1) a >= (l-1) tau_ffn + l tau_attn
     retained (Prop. 6)   one FFN block in every T is kept: the same with (l - ceil(l/T)) tau_ffn for l tau_ffn
 
-`needs_no_stall` and `retention_period` are these formulas; the tests hold them against a simulation of `Window`.
+`is_tight`, `is_loose` and `retention_period` are these formulas; the tests hold them against a simulation of `Window`.
 """
 
 from __future__ import annotations
@@ -115,83 +115,144 @@ class Read(NamedTuple):
     slot: int
 
 
-class Window:
-    """The ring: a sequence of uses of streamed blocks that repeats every step.
+class _Slot(NamedTuple):
+    """A slot that is being read into, or is read, for use number `use`."""
 
-    Use number n is of block `streamed[n % len(streamed)]` and lives in slot `n % num_slots`. Invariant:
-    `freed <= acquired <= freed + 1`, `freed <= loaded <= ordered <= freed + num_slots`.
+    use: int
+    is_read: bool
+
+
+class Window:
+    """The ring: uses of streamed blocks, numbered through all steps, and which slots hold which of them.
+
+    Use number n is of block `streamed[n % len(streamed)]`. The computing thread says `seek`, `ready_slot`, `release`;
+    the loader asks `next_read` and says `read_done` or `read_failed`. At most one read is under way.
     """
 
     def __init__(self, streamed: Sequence[int], num_slots: int) -> None:
-        if not streamed or not 1 <= num_slots <= len(streamed):
+        if not streamed or num_slots < 1:
             raise InvariantBroken(f"a ring of {num_slots} slots for {len(streamed)} streamed blocks")
         self._streamed = tuple(streamed)
-        self._num_slots = num_slots
-        self._freed = 0
-        self._loaded = 0
+        self._slots: list[_Slot | None] = [None] * num_slots
+        self._wanted = 0
         self._ordered = 0
-        self._held = False
+        self._reading: int | None = None
+        self._held: int | None = None
 
     def next_read(self) -> Read | None:
-        """Return the next order, or None while every slot is full, in use, or being read into."""
-        if self._ordered > self._loaded or self._ordered >= self._freed + self._num_slots:
+        """Return the next order, or None while a read is under way or no slot is free."""
+        if self._reading is not None or None not in self._slots:
             return None
-        use = self._ordered
+        slot = self._slots.index(None)
+        self._slots[slot] = _Slot(self._ordered, is_read=False)
+        self._reading = slot
         self._ordered += 1
-        return Read(self._block(use), use % self._num_slots)
+        return Read(self._block(self._ordered - 1), slot)
 
     def read_done(self) -> None:
-        """The loader has finished the order it was given last."""
-        if self._loaded >= self._ordered:
-            raise InvariantBroken("a read ended that was never ordered")
-        self._loaded += 1
+        """The read under way has ended; nobody may want it any more after a `seek`."""
+        slot, found = self._end_read()
+        self._slots[slot] = _Slot(found.use, is_read=True) if found.use >= self._wanted else None
 
     def read_failed(self) -> None:
-        """The order failed: it will be given again."""
-        if self._loaded >= self._ordered:
-            raise InvariantBroken("a read failed that was never ordered")
-        self._ordered -= 1
+        """The read under way has failed: the same block is ordered again."""
+        slot, found = self._end_read()
+        self._slots[slot] = None
+        self._ordered = max(found.use, self._wanted)
 
     def seek(self, block: int) -> None:
-        """The computing thread wants `block` next. In the usual order this changes nothing.
+        """The computing thread wants `block` next.
 
-        After an aborted step, uses in between are passed over: their slots are freed unread, or as soon as a read that
-        is under way ends.
+        In the usual order this changes nothing. After an aborted step the uses in between are passed over: what was
+        read ahead for them is given up, a read under way ends into a slot that is then free again.
         """
-        if self._held:
+        if self._held is not None:
             raise InvariantBroken(f"block {block} is wanted while another is held")
-        ahead = next((n for n in range(len(self._streamed)) if self._block(self._freed + n) == block), None)
-        if ahead is None:
+        if block not in self._streamed:
             raise InvariantBroken(f"block {block} is not streamed")
-        if ahead == 0:
-            return
-        self._freed += ahead
-        reading = self._ordered > self._loaded
-        if self._ordered < self._freed:
-            # Nothing that was ordered is of use; a read under way ends into a slot nobody looks at.
-            self._ordered = self._freed + (1 if reading else 0)
-            self._loaded = self._freed
-            self._freed += self._skip_stale(reading, block)
-
-    def _skip_stale(self, reading: bool, block: int) -> int:
-        """A read under way keeps its number's place: move one round on, so that its end is counted as a stale use."""
-        if not reading:
-            return 0
-        raise NotImplementedError
+        while self._block(self._wanted) != block:
+            self._wanted += 1
+        for number, slot in enumerate(self._slots):
+            if slot is not None and slot.is_read and slot.use < self._wanted:
+                self._slots[number] = None
+        self._ordered = max(self._ordered, self._wanted)
 
     def ready_slot(self) -> int | None:
-        """Return the slot of the wanted block once it is read, and hold it; None: wait for `read_done`."""
-        if self._held or self._loaded <= self._freed:
-            return None
-        self._held = True
-        return self._freed % self._num_slots
+        """Hold the wanted block and return its slot once it is read; None: wait for `read_done`."""
+        for number, slot in enumerate(self._slots):
+            if slot is not None and slot.is_read and slot.use == self._wanted:
+                self._held = number
+                return number
+        return None
 
     def release(self) -> None:
         """The held block is computed: its slot may be overwritten."""
-        if not self._held:
+        if self._held is None:
             raise InvariantBroken("a block is released that is not held")
-        self._held = False
-        self._freed += 1
+        self._slots[self._held] = None
+        self._held = None
+        self._wanted += 1
+
+    def _end_read(self) -> tuple[int, _Slot]:
+        slot = self._reading
+        found = self._slots[slot] if slot is not None else None
+        if slot is None or found is None:
+            raise InvariantBroken("a read ended that was never ordered")
+        self._reading = None
+        return slot, found
 
     def _block(self, use: int) -> int:
         return self._streamed[use % len(self._streamed)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockTimes:
+    """Seconds for one layer: computing, its allreduce, and reading, of the attention and of the FFN block."""
+
+    attention_s: float
+    ffn_s: float
+    allreduce_s: float
+    read_attention_s: float
+    read_ffn_s: float
+
+
+def is_tight(times: BlockTimes) -> bool:
+    """Proposition 3: every read hides behind the computing and adding of the block before it."""
+    return (
+        times.attention_s + times.allreduce_s >= times.read_ffn_s
+        and times.ffn_s + times.allreduce_s >= times.read_attention_s
+    )
+
+
+def is_loose(times: BlockTimes, layers: int, retained_every: int = 0) -> bool:
+    """Proposition 4 (with `retained_every` T > 0: Proposition 6): reads hide behind whole layers, given read-ahead."""
+
+    def kept(count: int) -> int:
+        return math.ceil(count / retained_every) if retained_every else 0
+
+    def half(count: int) -> bool:
+        full, less = count, count - 1
+        sums = (2 * count - 1) * times.allreduce_s
+        starts_with_attention = full * times.attention_s + less * times.ffn_s + sums >= (
+            (full - kept(full)) * times.read_ffn_s + less * times.read_attention_s
+        )
+        starts_with_ffn = less * times.attention_s + full * times.ffn_s + sums >= (
+            max(less - kept(less), 0) * times.read_ffn_s + full * times.read_attention_s
+        )
+        return starts_with_attention or starts_with_ffn
+
+    def whole(count: int) -> bool:
+        computed = count * (times.attention_s + times.ffn_s + 2 * times.allreduce_s)
+        return computed >= (count - kept(count)) * times.read_ffn_s + count * times.read_attention_s
+
+    return all(half(count) and whole(count) for count in range(1, layers + 1))
+
+
+def retention_period(times: BlockTimes, layers: int) -> int | None:
+    """Return the largest T for which keeping one FFN block in every T hides all reading (Proposition 6), or None.
+
+    0 says that nothing needs to be kept.
+    """
+    if is_loose(times, layers):
+        return 0
+    return next((period for period in range(layers, 0, -1) if is_loose(times, layers, period)), None)
