@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
-from typing import Any, Final, NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple, TypeVar, cast
 
 import zmq
 import zmq.asyncio
@@ -68,7 +68,8 @@ def bind_router(
     except BaseException:
         socket.close()
         raise
-    return socket, socket.last_endpoint.decode("ascii").rstrip("\0")
+    actual = cast(bytes, socket.get(zmq.LAST_ENDPOINT))
+    return socket, actual.rstrip(b"\0").decode("ascii")
 
 
 def dial(  # noqa: PLR0917  each names one thing the socket can't do without
@@ -157,10 +158,11 @@ async def dial_first(  # noqa: PLR0917  those of `dial`, and what to say
     the same server, where a second greeting would spend an invitation twice. Raises AccessRefused when the server
     turned our key away, CoordinatorLost when nobody answered within `timeout_s`; both name every address.
     """
-    attempts = [
-        _Attempt(address, dial(context, address, keys, server_key, routing_id, max_message_bytes))
-        for address in dict.fromkeys(addresses)
-    ]
+
+    def open_socket(address: str) -> zmq.asyncio.Socket:
+        return dial(context, address, keys, server_key, routing_id, max_message_bytes)
+
+    attempts = [_Attempt(address, open_socket) for address in dict.fromkeys(addresses)]
     turn = asyncio.Lock()
     patience_s = timeout_s / max(1, len(attempts))
     tasks = [
@@ -179,7 +181,7 @@ async def dial_first(  # noqa: PLR0917  those of `dial`, and what to say
         await asyncio.gather(*tasks, return_exceptions=True)
         for attempt in attempts:
             attempt.close(keep=attempt is kept)
-    if kept is None:
+    if kept is None or kept.socket is None:
         raise _nobody_answered(attempts, timeout_s)
     return kept.socket, kept.answer
 
@@ -206,19 +208,22 @@ def _nobody_answered(attempts: list[_Attempt], timeout_s: float) -> AccessRefuse
 class _Attempt:
     """One address on trial: its socket, how far it came, and the answer."""
 
-    def __init__(self, address: str, socket: zmq.asyncio.Socket) -> None:
+    def __init__(self, address: str, open_socket: Callable[[str], zmq.asyncio.Socket]) -> None:
         self.address = address
-        self.socket = socket
+        self.socket: zmq.asyncio.Socket | None = None
         self.answer: list[memoryview] = []
         self.state = "not reached (wrong address, firewall, or nobody listens)"
         self.was_refused = False
-        events = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-        self._monitor: zmq.asyncio.Socket = socket.get_monitor_socket(events)
+        self._open_socket = open_socket
+        self._monitor: zmq.asyncio.Socket | None = None
 
     async def greet(self, hello: Sequence[Buffer], start_s: float, turn: asyncio.Lock, patience_s: float) -> None:
-        """Wait for the handshake, then for our turn to say hello, then up to `patience_s` for an answer."""
-        await asyncio.sleep(start_s)
-        if not await self._shakes_hands():
+        """After `start_s`, connect; at our turn say hello; wait up to `patience_s` for the answer."""
+        await asyncio.sleep(start_s)  # not even connected before: a ROUTER is deaf to a second peer of the same id
+        self.socket = self._open_socket(self.address)
+        events = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+        self._monitor = self.socket.get_monitor_socket(events)
+        if not await self._shakes_hands(self._monitor):
             return
         async with turn:
             with contextlib.suppress(TimeoutError):  # others may have their turn; no answer is no error here
@@ -226,9 +231,9 @@ class _Attempt:
                     await self.socket.send_multipart(list(hello))
                     self.answer = await receive_dealer(self.socket)
 
-    async def _shakes_hands(self) -> bool:
+    async def _shakes_hands(self, monitor: zmq.asyncio.Socket) -> bool:
         while True:
-            event = parse_monitor_message(await self._monitor.recv_multipart())
+            event = parse_monitor_message(await monitor.recv_multipart())
             match event["event"]:
                 case zmq.EVENT_CONNECTED:
                     self.state = "reached, but it never proved the link's server key (wrong link, or not manyhands)"
@@ -242,7 +247,8 @@ class _Attempt:
 
     def close(self, *, keep: bool) -> None:
         """End the monitor, and the socket unless it is the one to keep."""
-        self.socket.disable_monitor()
-        self._monitor.close()
-        if not keep:
+        if self.socket is not None and self._monitor is not None:
+            self.socket.disable_monitor()
+            self._monitor.close()
+        if self.socket is not None and not keep:
             self.socket.close()
