@@ -10,12 +10,12 @@ import os
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from coordinator.json_file import read_json_object
-from coordinator.number_formats import RESULT_AS, STORED_AS, Array, convert_into, is_exact_copy
+from coordinator.number_formats import RESULT_AS, STORED_AS, Array, FloatName, convert_into, is_exact_copy
 from coordinator.safetensors_header import LENGTH_BYTES, StoredTensor, header_length, parse_header
 from protocol.errors import CheckpointInvalid, ModelUnsupported
 from protocol.specs import ModelSpec, Span, WeightFormat
@@ -24,7 +24,7 @@ from protocol.tiles import all_tiles, tile_parts, tile_slices
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PREFIX = "model."
-FloatName = Literal["float32", "bfloat16"]
+
 GATHER_BYTES = 4 << 20  # rows read at once when only some of their columns are wanted
 
 

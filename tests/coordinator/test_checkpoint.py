@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from coordinator.checkpoint import Checkpoint, FloatName, expected_shapes
+from coordinator.checkpoint import Checkpoint, expected_shapes
 from coordinator.hf_config import read_hf_config
-from coordinator.number_formats import float32_to_bfloat16
+from coordinator.number_formats import FloatName, float32_to_bfloat16
 from coordinator.safetensors_header import header_length, parse_header
 from protocol.errors import CheckpointInvalid, ModelUnsupported
 from protocol.specs import Span
