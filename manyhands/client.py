@@ -1,0 +1,179 @@
+"""The asynchronous client: ask a cluster to generate text, follow the stream, look at the cluster, invite workers.
+
+Knows nothing of sockets (`manyhands.connection`) or of the protocol's states (`manyhands.conversation`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+from types import TracebackType
+from typing import Literal, Self, Unpack, overload
+
+from manyhands.connection import Connection, Status
+from manyhands.home import find_link
+from manyhands.mailbox import Mailbox
+from manyhands.options import Messages, OptionFields, Options, Order, Prompt, chat_order, completion_order
+from manyhands.results import Generation, Piece
+from protocol.errors import RequestInvalid
+from protocol.ids import RequestId
+from protocol.security import Link
+
+
+class AsyncGenerationStream:
+    """The pieces of a running answer: `async for piece in stream`.
+
+    Closing it (`aclose`, leaving its `async with`, cancelling the task that reads it, dropping it) stops the work on
+    the workers. `result` is the whole answer, after the last piece.
+    """
+
+    def __init__(self, connection: Connection, request: RequestId, mailbox: Mailbox) -> None:
+        self._connection = connection
+        self._request = request
+        self._mailbox = mailbox
+        self._loop = asyncio.get_running_loop()
+
+    @property
+    def result(self) -> Generation:
+        """The finished answer; raises RequestInvalid before the stream has ended."""
+        if not isinstance(self._mailbox.end, Generation):
+            raise RequestInvalid("the stream has not ended", remedy="read its pieces to the end first")
+        return self._mailbox.end
+
+    @property
+    def waits_for(self) -> str:
+        """What the coordinator says this request waits for; empty while tokens flow."""
+        return self._mailbox.waits_for
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Piece:
+        try:
+            piece = await self._mailbox.next_piece()
+        except asyncio.CancelledError:
+            await self.aclose()
+            raise
+        if piece is None:
+            raise StopAsyncIteration
+        return piece
+
+    async def aclose(self) -> None:
+        """Stop the work, if any is left; safe to call twice."""
+        self._connection.abandon(self._request)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        # A `break` out of `async for` leaves the stream to the garbage collector, maybe in another thread.
+        if self._mailbox.end is None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._connection.abandon, self._request)
+
+
+class AsyncClient:
+    """A client of one cluster; any number of requests at once over one connection, dialled when first needed.
+
+    `link`: a client link, or None for $MANYHANDS_LINK or the coordinator of this machine. `timeout_s`: how long the
+    coordinator may be silent; while it lives it says what a request waits for, so this does not bound the answer.
+
+    Every method raises CoordinatorLost when nobody answers, AccessRefused when the link's key is not admitted, and
+    the typed error that the coordinator reports. Use it in one event loop, as `async with AsyncClient() as client`.
+    """
+
+    def __init__(self, link: str | Link | None = None, timeout_s: float = 10.0) -> None:
+        if not timeout_s > 0:
+            raise RequestInvalid(f"timeout_s {timeout_s} must be positive")
+        self._link = find_link(link, os.environ)
+        self._timeout_s = timeout_s
+        self._connection: Connection | None = None
+        self._dialling = asyncio.Lock()
+        self._numbers = itertools.count(1)
+
+    @overload
+    async def generate(
+        self, prompt: Prompt, *, stream: Literal[False] = False, **options: Unpack[OptionFields]
+    ) -> Generation: ...
+
+    @overload
+    async def generate(
+        self, prompt: Prompt, *, stream: Literal[True], **options: Unpack[OptionFields]
+    ) -> AsyncGenerationStream: ...
+
+    async def generate(
+        self, prompt: Prompt, *, stream: bool = False, **options: Unpack[OptionFields]
+    ) -> Generation | AsyncGenerationStream:
+        """Continue a text or a list of token ids; `Options` lists the keyword arguments.
+
+        Returns the whole answer, or with `stream` an iterator over its pieces. Cancelling the task stops the work.
+        Raises RequestInvalid for a bad value, PeerLost when a worker vanishes, Overloaded when the queue is full.
+        """
+        return await self._submit(completion_order(self._new_name(), prompt, Options(**options)), stream)
+
+    @overload
+    async def chat(
+        self, messages: Messages, *, stream: Literal[False] = False, **options: Unpack[OptionFields]
+    ) -> Generation: ...
+
+    @overload
+    async def chat(
+        self, messages: Messages, *, stream: Literal[True], **options: Unpack[OptionFields]
+    ) -> AsyncGenerationStream: ...
+
+    async def chat(
+        self, messages: Messages, *, stream: bool = False, **options: Unpack[OptionFields]
+    ) -> Generation | AsyncGenerationStream:
+        """Answer a conversation of {"role", "content"} messages, rendered with the model's own template.
+
+        Otherwise as `generate`.
+        """
+        return await self._submit(chat_order(self._new_name(), messages, Options(**options)), stream)
+
+    async def status(self) -> Status:
+        """Return what the cluster looks like: phase, model, plan, workers, sessions (keys in ARCHITECTURE.md)."""
+        return await (await self._connected()).status()
+
+    async def invite(self, trusted: bool = False) -> str:
+        """Return a fresh join link for one worker; a `trusted` one may see token ids, as the head does."""
+        return await (await self._connected()).invite(trusted)
+
+    async def close(self) -> None:
+        """Stop what is running and hang up; a later request dials again."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.close()
+
+    async def __aenter__(self) -> Self:
+        await self._connected()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _submit(self, order: Order, stream: bool) -> Generation | AsyncGenerationStream:
+        connection = await self._connected()
+        mailbox = connection.submit(order)
+        request = order.message.request
+        if stream:
+            return AsyncGenerationStream(connection, request, mailbox)
+        try:
+            return await mailbox.result()
+        finally:
+            connection.abandon(request)  # only does something when we leave early
+
+    async def _connected(self) -> Connection:
+        async with self._dialling:
+            if self._connection is not None and not self._connection.is_open:
+                await self.close()
+            if self._connection is None:
+                self._connection = await Connection.open(self._link, self._timeout_s)
+            return self._connection
+
+    def _new_name(self) -> RequestId:
+        return RequestId(f"r{next(self._numbers)}")
