@@ -21,7 +21,17 @@ from protocol.tiles import TileEntry
 
 Buffer = bytes | bytearray | memoryview
 MAX_PLAIN_ITEMS = 4096
-MAX_MANIFEST_ITEMS = 1_000_000
+MAX_MANIFEST_LINES = 1_000_000
+_NOTHING = memoryview(b"")
+_BOUNDS: dict[str, Any] = {
+    "strict_map_key": True,
+    "max_array_len": MAX_PLAIN_ITEMS,
+    "max_map_len": 0,
+    "max_ext_len": 0,
+    "max_str_len": MAX_HEADER_BYTES,
+    "max_bin_len": MAX_HEADER_BYTES,
+}
+_LINE_BOUNDS = {"max_array_len": 16, "max_str_len": 64, "max_bin_len": 64}
 
 
 class Received(NamedTuple):
@@ -34,7 +44,7 @@ class Received(NamedTuple):
 def encode(message: object, payload: Buffer | None = None) -> list[Buffer]:
     """Return the frames of a message; the payload is not copied, so keep it unchanged until it is sent."""
     row = ROW_OF[type(message)]
-    header = msgpack.packb([row.code, *pack(message)])
+    header = msgpack.packb((row.code, *pack(message)))
     if len(header) > MAX_HEADER_BYTES:
         raise FrameTooLarge(f"{row.message.__name__}: header of {len(header)} bytes exceeds {MAX_HEADER_BYTES}")
     if not row.payload_bytes:
@@ -42,7 +52,7 @@ def encode(message: object, payload: Buffer | None = None) -> list[Buffer]:
             raise FrameMalformed(f"{row.message.__name__} carries no payload")
         return [header]
     body = payload if payload is not None else b""
-    _require_size(row.message.__name__, body, row.payload_bytes)
+    _payload(row.message.__name__, body, row.payload_bytes)
     return [header, body]
 
 
@@ -51,44 +61,36 @@ def decode(frames: Sequence[Buffer]) -> Received:
     if not frames:
         raise FrameMalformed("message without frames")
     fields = _header(frames[0])
-    row = TABLE.get(fields[0]) if type(fields[0]) is int else None
-    if row is None:
-        raise FrameMalformed(f"unknown message code {fields[0]!r:.40}")
+    code = fields[0]
+    row = TABLE.get(code) if type(code) is int else None
+    if row is None:  # never shown when it is not a number: a deeply nested value would break repr
+        raise FrameMalformed(f"unknown message code {code if type(code) is int else type(code).__name__}")
     name = row.message.__name__
     if len(frames) != (2 if row.payload_bytes else 1):
         raise FrameMalformed(f"{name}: {len(frames)} frames")
-    if row.payload_bytes:
-        _require_size(name, frames[1], row.payload_bytes)
-        return Received(unpack(row.message, fields[1:]), memoryview(frames[1]))
-    return Received(unpack(row.message, fields[1:]), memoryview(b""))
+    payload = _payload(name, frames[1], row.payload_bytes) if row.payload_bytes else _NOTHING
+    return Received(unpack(row.message, fields[1:]), payload)
 
 
-def _require_size(name: str, payload: Buffer, bound: int) -> None:
-    size = memoryview(payload).nbytes
-    if size > bound:
-        raise FrameTooLarge(f"{name}: payload of {size} bytes exceeds {bound}")
+def _payload(name: str, payload: Buffer, bound: int) -> memoryview:
+    view = memoryview(payload)
+    if view.nbytes > bound:
+        raise FrameTooLarge(f"{name}: payload of {view.nbytes} bytes exceeds {bound}")
+    return view
 
 
 def _header(frame: Buffer) -> list[Any]:
     if len(frame) > MAX_HEADER_BYTES:
         raise FrameTooLarge(f"header of {len(frame)} bytes exceeds {MAX_HEADER_BYTES}")
-    fields = _unpackb(frame, MAX_PLAIN_ITEMS)
+    fields = _unpackb(frame)
     if type(fields) is not list or not fields:
         raise FrameMalformed("header is not a list that begins with a message code")
     return fields
 
 
-def _unpackb(frame: Buffer, max_items: int) -> Any:
+def _unpackb(frame: Buffer) -> Any:
     try:
-        return msgpack.unpackb(
-            frame,
-            strict_map_key=True,
-            max_array_len=max_items,
-            max_map_len=0,
-            max_ext_len=0,
-            max_str_len=MAX_HEADER_BYTES,
-            max_bin_len=MAX_HEADER_BYTES,
-        )
+        return msgpack.unpackb(frame, **_BOUNDS)
     except (ValueError, msgpack.UnpackException, RecursionError) as error:  # cut, too deep, trailing bytes, bad UTF-8
         raise FrameMalformed(f"frame can't be unpacked: {type(error).__name__}: {error!s:.200}") from error
 
@@ -99,12 +101,23 @@ def pack_manifest(entries: Iterable[TileEntry]) -> bytes:
 
 
 def unpack_manifest(payload: Buffer) -> tuple[TileEntry, ...]:
-    """Unpack manifest lines; raises FrameMalformed or FrameTooLarge."""
-    _require_size("manifest", payload, MAX_MANIFEST_BYTES)
-    lines = _unpackb(payload, MAX_MANIFEST_ITEMS)
-    if type(lines) is not list:
-        raise FrameMalformed("manifest is not a list")
-    return tuple(unpack(TileEntry, line) for line in lines)
+    """Unpack manifest lines; raises FrameMalformed or FrameTooLarge.
+
+    Line by line, each checked before the next is unpacked: what a hostile manifest may take is one line more.
+    """
+    view = _payload("manifest", payload, MAX_MANIFEST_BYTES)
+    unpacker = msgpack.Unpacker(max_buffer_size=MAX_MANIFEST_BYTES, **_BOUNDS | _LINE_BOUNDS)
+    try:
+        unpacker.feed(view)
+        num_lines = unpacker.read_array_header()
+        if num_lines > MAX_MANIFEST_LINES:
+            raise FrameTooLarge(f"manifest of {num_lines} lines exceeds {MAX_MANIFEST_LINES}")
+        lines = tuple(unpack(TileEntry, unpacker.unpack()) for _ in range(num_lines))
+    except (ValueError, msgpack.UnpackException, RecursionError) as error:
+        raise FrameMalformed(f"manifest can't be unpacked: {type(error).__name__}: {error!s:.200}") from error
+    if unpacker.tell() != view.nbytes:
+        raise FrameMalformed(f"manifest is followed by {view.nbytes - unpacker.tell()} bytes that don't belong to it")
+    return lines
 
 
 def negotiate(oldest: int, newest: int, *, node: str, software: str, own_software: str) -> int:
