@@ -14,6 +14,7 @@ Knows nothing of sockets: an error travels as an `ErrorReport` message and becom
     │   ├── PlanImpossible          no plan fits the devices or the words of the plan
     │   ├── BudgetTooSmall          a worker's memory budget can't hold what it was asked to
     │   ├── StorageFull             no room on this disk
+    │   ├── StorageFailed           this disk can't be read or written
     │   └── InvariantBroken         a bug of ours, told instead of hidden
     └── RemoteError                 the other side, or the way to it, failed
         ├── ProtocolViolation       a frame that breaks the protocol
@@ -130,6 +131,14 @@ class StorageFull(LocalError):
 
     code = "storage-full"
     default_remedy = "free space, or point the cache elsewhere (--cache-dir) or raise its limit (--cache-limit)"
+
+
+class StorageFailed(LocalError):
+    """A file on this disk can't be read or written."""
+
+    code = "storage-failed"
+    can_retry = True
+    default_remedy = "check the disk; what was cached on it is fetched again"
 
 
 class InvariantBroken(LocalError):

@@ -1,0 +1,152 @@
+"""The ring at work: one loader thread reads blocks ahead into slots, the computing thread takes them in turn.
+
+Knows nothing of what a block means: bytes at an offset of a file. What to read next is decided by `runtime.window`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from protocol.errors import DeadlineExceeded, ManyhandsError
+from runtime.direct import DirectFile, aligned_buffer, round_up
+from runtime.window import Read, Window, WindowPlan
+
+READ_DEADLINE_S = 30.0
+
+
+class Extent(NamedTuple):
+    """Where a block lies in the file: a page-aligned offset, and its bytes."""
+
+    offset: int
+    num_bytes: int
+
+
+class StreamCounts(NamedTuple):
+    """What has flowed since the start: bytes read, seconds of reading, seconds the computing thread stood waiting."""
+
+    read_bytes: int
+    read_s: float
+    stalled_s: float
+
+
+class Ring:
+    """Slots, their loader thread, and the file. `acquire` and `release` are for one computing thread."""
+
+    def __init__(
+        self,
+        plan: WindowPlan,
+        extents: Mapping[int, Extent],
+        file: DirectFile,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.slots = [aligned_buffer(plan.slot_bytes) for _ in range(plan.num_slots)]
+        self._window = Window(plan.streamed, plan.num_slots)
+        self._extents = extents
+        self._file = file
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._failure: ManyhandsError | None = None
+        self._closed = False
+        self._counts = StreamCounts(0, 0.0, 0.0)
+        self._loader = threading.Thread(target=self._load, name="window-loader", daemon=True)
+        self._loader.start()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all slots."""
+        return sum(len(slot) for slot in self.slots)
+
+    def counts(self) -> StreamCounts:
+        """Return what has flowed so far; may be called from any thread."""
+        with self._changed:
+            return self._counts
+
+    def acquire(self, block: int) -> int:
+        """Wait until `block` is read and return its slot; it stays valid until `release`.
+
+        Raises StorageFailed when it can't be read, DeadlineExceeded when nothing was read for 30 seconds.
+        """
+        with self._changed:
+            self._window.seek(block)
+            self._changed.notify_all()
+            slot = self._window.ready_slot()
+            began = self._clock()
+            while slot is None:
+                self._wait_for_progress(block)
+                slot = self._window.ready_slot()
+            waited = self._clock() - began
+            if waited > 0:
+                self._counts = self._counts._replace(stalled_s=self._counts.stalled_s + waited)
+            return slot
+
+    def release(self) -> None:
+        """The block that was acquired is computed; its slot is read into again."""
+        with self._changed:
+            self._window.release()
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """End the loader and close the file. The slots live as long as somebody looks at them."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._loader.join()
+        self._file.close()
+
+    def _wait_for_progress(self, block: int) -> None:
+        """One wait for the loader; its deadline starts anew with every block that is read."""
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            self._changed.notify_all()
+            raise failure
+        if not self._changed.wait(READ_DEADLINE_S):
+            raise DeadlineExceeded(
+                f"block {block} was not read from {self._file.path} within {READ_DEADLINE_S:.0f} s",
+                phase="window",
+                remedy="check the disk that holds the cache (--cache-dir)",
+            )
+
+    def _load(self) -> None:
+        """The loader thread: take an order, read outside the lock, tell."""
+        while (order := self._next_order()) is not None:
+            extent = self._extents[order.block]
+            began = self._clock()
+            failure: ManyhandsError | None = None
+            try:
+                self._file.read_into(
+                    self.slots[order.slot][: _whole_pages(extent, self.slots[order.slot])], extent.offset
+                )
+            except ManyhandsError as error:
+                failure = error
+            self._tell(extent, self._clock() - began, failure)
+
+    def _next_order(self) -> Read | None:
+        with self._changed:
+            while not self._closed:
+                # After a failure nothing is read until the computing thread has been told and asks again.
+                order = self._window.next_read() if self._failure is None else None
+                if order is not None:
+                    return order
+                self._changed.wait()
+            return None
+
+    def _tell(self, extent: Extent, took_s: float, failure: ManyhandsError | None) -> None:
+        with self._changed:
+            if failure is None:
+                self._window.read_done()
+                counts = self._counts
+                self._counts = counts._replace(
+                    read_bytes=counts.read_bytes + extent.num_bytes, read_s=counts.read_s + took_s
+                )
+            else:
+                self._window.read_failed()
+                self._failure = failure
+            self._changed.notify_all()
+
+
+def _whole_pages(extent: Extent, slot: memoryview) -> int:
+    return min(round_up(extent.num_bytes), len(slot))
