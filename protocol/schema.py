@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import operator
+import re
 import types
 import typing
 from collections.abc import Callable
@@ -32,6 +33,13 @@ class Within:
 
     low: float
     high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Spelled:
+    """The spelling of a string, as a whole."""
+
+    pattern: re.Pattern[str]
 
 
 Name = Annotated[str, Within(1, 64)]
@@ -160,8 +168,13 @@ def _decoder(annotation: Any) -> Decode:
     origin = typing.get_origin(annotation)
     if origin is Annotated:
         base, *notes = typing.get_args(annotation)
-        bound = next((note for note in notes if isinstance(note, Within)), None)
-        return _bounded(base, bound) if bound else _decoder(base)
+        decode = _decoder(base)
+        for note in notes:
+            if isinstance(note, Within):
+                decode = _bounded(base, note)
+            elif isinstance(note, Spelled):
+                decode = _spelled(decode, note.pattern)
+        return decode
     if isinstance(annotation, typing.NewType):
         return _decoder(annotation.__supertype__)
     if origin in (typing.Union, types.UnionType):
@@ -202,6 +215,16 @@ def _bounded(base: Any, bound: Within) -> Decode:
         if low <= size <= high:  # NaN is not
             return result
         raise _Refused(f"{'value' if is_number else 'length'} {size} is outside [{low}, {high}]")
+
+    return decode
+
+
+def _spelled(inner: Decode, pattern: re.Pattern[str]) -> Decode:
+    def decode(value: Any) -> Any:
+        text = inner(value)
+        if pattern.fullmatch(text) is None:
+            raise _Refused(f"{text[:40]!r} is not spelled {pattern.pattern}")
+        return text
 
     return decode
 
