@@ -49,6 +49,15 @@ class Totals:
     requests: int = 0
     errors: int = 0
 
+    def plus(self, *, prompt_tokens: int = 0, completion_tokens: int = 0, requests: int = 0, errors: int = 0) -> Totals:
+        """Return the counts after so many more."""
+        return Totals(
+            prompt_tokens=self.prompt_tokens + prompt_tokens,
+            completion_tokens=self.completion_tokens + completion_tokens,
+            requests=self.requests + requests,
+            errors=self.errors + errors,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterStatus:

@@ -76,7 +76,7 @@ class WorkerJoined:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerHeard:
-    """Any sign of life: `heartbeat` when it is one (the core answers it), None for every other message."""
+    """Any sign of life that is no other event: `heartbeat` when it is one (the core answers it), else None."""
 
     worker: WorkerId
     heartbeat: Heartbeat | None = None
@@ -158,7 +158,7 @@ class RequestCancelled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tick:
-    """Time has passed; expected about ten times a second. Deadlines and leases are looked at only here."""
+    """Time has passed; expected about ten times a second. Leases are looked at only here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

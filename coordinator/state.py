@@ -5,12 +5,41 @@ Knows nothing of sockets, clocks, files or threads; `now` is a parameter, and th
 
 from __future__ import annotations
 
-from coordinator.cluster_status import ClusterStatus
-from coordinator.events import Effect, Event
+from coordinator.cluster_status import ClusterStatus, WorkerStatus
+from coordinator.deployment import Deployment
+from coordinator.events import (
+    DisconnectWorker,
+    Effect,
+    Event,
+    LoadProgressed,
+    PeersReached,
+    Phase,
+    PhaseChanged,
+    RequestArrived,
+    RequestCancelled,
+    SendControl,
+    StepFinished,
+    Stopping,
+    Tick,
+    WorkerFaulted,
+    WorkerGone,
+    WorkerHeard,
+    WorkerJoined,
+    WorkerLoaded,
+)
+from coordinator.memory import StepBounds
+from coordinator.planner import PlanRequest
 from coordinator.policy import ClusterPolicy
+from coordinator.registry import Member, Registry
+from coordinator.sessions import Sessions
+from coordinator.shares import parse_words
+from protocol.errors import DeadlineExceeded, PeerLost, ProtocolViolation
 from protocol.ids import SessionId, WorkerId
+from protocol.messages import HeartbeatReply, LinkMode, Unload, WorkerPhase
 from protocol.plans import Plan
 from protocol.specs import ModelSpec
+
+SLOWEST_STEP = 10  # in step timeouts: beyond that a step is lost, whatever else moves
 
 
 class ClusterState:
@@ -21,12 +50,73 @@ class ClusterState:
 
     def __init__(self, spec: ModelSpec, policy: ClusterPolicy, *, term: int) -> None:
         """Raises PlanImpossible when the policy's plan words can't be read or never fit this model."""
-        raise NotImplementedError
+        request = PlanRequest(
+            spec=spec,
+            shares=None if policy.plan_words is None else parse_words(policy.plan_words),
+            head_only=policy.head_only,
+            step=StepBounds(rows=policy.prefill_chunk + policy.max_sessions, sampled=policy.max_sessions),
+        )
+        self._policy = policy
+        self._term = term
+        self._registry = Registry(policy.lease_s)
+        self._deployment = Deployment(request, policy, self._registry, term=term)
+        self._sessions = Sessions(spec, policy)
+        self._served: Plan | None = None  # the plan that sessions run under
+        self._told: tuple[Phase, str] | None = None
+        self._now = 0.0
+        self._last_tick: float | None = None
+
+    # ------------------------------------------------------------ what the rim asks
 
     @property
     def plan(self) -> Plan | None:
         """The plan that is loading or ready."""
-        raise NotImplementedError
+        return self._deployment.plan
+
+    def can_relay(self, source: WorkerId, target: WorkerId) -> bool:
+        """Say whether the plan that is loading or ready has a relayed link between these two."""
+        return self._deployment.link_mode(source, target) is LinkMode.RELAY
+
+    def session_phase(self, session: SessionId) -> str:
+        """Say in a few words what an open session waits for; empty for an unknown one."""
+        phase = self._sessions.phase_of(session)
+        if not phase or self._deployment.phase is Phase.READY:
+            return phase
+        progress = self._deployment.progress_text()
+        return f"{self._deployment.phase}: {self._deployment.detail}" + (f" ({progress})" if progress else "")
+
+    def status(self, now: float) -> ClusterStatus:
+        """Describe the whole cluster."""
+        deployment, error = self._deployment, self._deployment.error
+        return ClusterStatus(
+            term=self._term,
+            epoch=deployment.epoch,
+            phase=deployment.phase,
+            detail=" ".join(part for part in (deployment.detail, deployment.progress_text()) if part),
+            plan=deployment.plan,
+            workers=tuple(self._worker_status(member, now) for member in self._registry),
+            sessions=self._sessions.counts,
+            totals=self._sessions.totals,
+            last_error=str(error) if error else "",
+        )
+
+    def _worker_status(self, member: Member, now: float) -> WorkerStatus:
+        last = member.heartbeat
+        relayed = any(order.mode is LinkMode.RELAY for order in self._deployment.links.get(member.worker, ()))
+        return WorkerStatus(
+            name=member.worker,
+            role=member.role,
+            phase=(last.phase if last else WorkerPhase.IDLE).value,
+            profile=member.profile,
+            addresses=member.addresses,
+            resident_bytes=last.resident_bytes if last else 0,
+            weight_bytes=last.weight_bytes if last else 0,
+            kv_bytes=last.kv_bytes if last else 0,
+            last_heard_s=member.lease.silence_s(now),
+            link="relay" if relayed else "direct",
+        )
+
+    # ------------------------------------------------------------ the one way in
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take in one event at monotonic time `now` (seconds) and return what must be done, in order.
@@ -34,16 +124,145 @@ class ClusterState:
         Raises InvariantBroken for a bug (a session number used twice); everything a peer can cause comes back as
         effects.
         """
-        raise NotImplementedError
+        now = self._now = max(now, self._now)
+        effects = self._take(event, now)
+        effects += self._deployment.advance(now, is_idle=self._sessions.is_idle)
+        effects += self._follow_plan(now)
+        effects += self._sessions.schedule(now)
+        effects += self._tell_phase()
+        return effects
 
-    def can_relay(self, source: WorkerId, target: WorkerId) -> bool:
-        """Say whether the plan that is loading or ready has a relayed link between these two."""
-        raise NotImplementedError
+    def _take(self, event: Event, now: float) -> list[Effect]:
+        match event:
+            case WorkerJoined():
+                return self._join(event, now)
+            case WorkerGone():
+                return self._lose(
+                    event.worker, PeerLost(f"{event.worker} left: {event.reason}", node=event.worker), now
+                )
+            case RequestArrived():
+                return self._sessions.arrive(event, now)
+            case RequestCancelled():
+                return self._sessions.cancel(event, now)
+            case Tick():
+                return self._tick(now)
+            case Stopping():
+                return [*self._sessions.stop(event.reason), *self._deployment.stop()]
+            case _:
+                return self._hear(event, now)
 
-    def session_phase(self, session: SessionId) -> str:
-        """Say in a few words what an open session waits for; empty for an unknown one."""
-        raise NotImplementedError
+    def _hear(
+        self,
+        event: WorkerHeard | PeersReached | LoadProgressed | WorkerLoaded | WorkerFaulted | StepFinished,
+        now: float,
+    ) -> list[Effect]:
+        """Take in what a worker says; every message renews its lease, and a stranger's changes nothing."""
+        heartbeat = event.heartbeat if isinstance(event, WorkerHeard) else None
+        if self._registry.heard(event.worker, heartbeat, now) is None:
+            return [_say_hello_again(event.worker)] if heartbeat else []
+        match event:
+            case WorkerHeard():
+                if heartbeat is not None:
+                    return [SendControl(worker=event.worker, message=HeartbeatReply(sequence=heartbeat.sequence))]
+            case PeersReached():
+                self._deployment.reached(event.worker, event.reached)
+            case LoadProgressed():
+                self._deployment.progressed(event.worker, event.progress, now)
+            case WorkerLoaded():
+                self._deployment.loaded(event.worker, event.loaded)
+            case WorkerFaulted():
+                return self._deployment.faulted(event.worker, event.fault, now)
+            case StepFinished():
+                return self._finish_step(event, now)
+        return []
 
-    def status(self, now: float) -> ClusterStatus:
-        """Describe the whole cluster."""
-        raise NotImplementedError
+    def _follow_plan(self, now: float) -> list[Effect]:
+        """Begin and end the service of sessions with the plan, within the call that changed it."""
+        ready, served = self._deployment.ready_plan, self._served
+        if ready is served:
+            return []
+        self._served = ready
+        effects: list[Effect] = []
+        if served is not None:
+            error = self._deployment.error or PeerLost("the plan was replaced")
+            effects = self._sessions.interrupt(error, now)
+        if ready is not None:
+            self._sessions.serve(ready, self._deployment.kv_room)
+        return effects
+
+    def _tell_phase(self) -> list[Effect]:
+        deployment = self._deployment
+        told, self._told = self._told, (deployment.phase, deployment.detail)
+        if told == self._told:
+            return []
+        return [PhaseChanged(phase=deployment.phase, epoch=deployment.epoch, detail=deployment.detail)]
+
+    # ------------------------------------------------------------ workers
+
+    def _join(self, event: WorkerJoined, now: float) -> list[Effect]:
+        effects = self._lose(event.worker, PeerLost(f"{event.worker} restarted", node=event.worker), now)
+        self._registry.join(event, now)
+        if event.hello.phase in (WorkerPhase.LOADING, WorkerPhase.READY):
+            stale = Unload(epoch=event.hello.epoch, reason="this plan is over")
+            effects.append(SendControl(worker=event.worker, message=stale))
+        return effects
+
+    def _lose(self, worker: WorkerId, error: PeerLost, now: float) -> list[Effect]:
+        if self._registry.leave(worker) is None:
+            return []
+        return self._deployment.lost(worker, error, now)
+
+    def _finish_step(self, event: StepFinished, now: float) -> list[Effect]:
+        plan = self._served
+        if plan is None or event.worker != plan.head or event.done.epoch != plan.epoch:
+            return []
+        try:
+            effects = self._sessions.step_finished(event.done, now)
+        except ProtocolViolation as error:
+            error.node = event.worker
+            return self._deployment.failed(error, now)
+        self._deployment.succeeded()
+        return effects
+
+    # ------------------------------------------------------------ time
+
+    def _tick(self, now: float) -> list[Effect]:
+        effects = self._check_leases(now) + self._check_steps(now)
+        if self._deployment.phase is Phase.WAITING:
+            effects += self._sessions.expire(now, self._deployment.detail)
+        return effects
+
+    def _check_leases(self, now: float) -> list[Effect]:
+        last, self._last_tick = self._last_tick, now
+        if last is not None and now - last > self._policy.lease_s / 2:
+            self._registry.renew_all(now)  # we were away (suspended, stopped): silence proves nothing
+        effects: list[Effect] = []
+        silent = [member.worker for member in self._registry.silent(now)]
+        errors = [
+            PeerLost(f"{worker} was silent for {self._policy.lease_s:g} s", node=worker, phase="lease")
+            for worker in silent
+        ]
+        for worker in silent:
+            self._registry.leave(worker)
+        for worker, error in zip(silent, errors, strict=True):
+            effects += self._deployment.lost(worker, error, now)
+            effects.append(DisconnectWorker(worker=worker, error=error))
+        return effects
+
+    def _check_steps(self, now: float) -> list[Effect]:
+        """End a plan whose oldest step is lost, or under which no worker makes progress any more."""
+        sent_at, plan, limit_s = self._sessions.oldest_step_at, self._served, self._policy.step_timeout_s
+        if sent_at is None or plan is None:
+            return []
+        members = [member for member in self._registry if member.worker in plan.workers]
+        moved_at = max((member.progress_at for member in members), default=sent_at)
+        if now - max(sent_at, moved_at) < limit_s and now - sent_at < SLOWEST_STEP * limit_s:
+            return []
+        slowest = min(members, key=lambda member: member.progress_at, default=None)
+        node = slowest.worker if slowest else plan.head
+        text = f"a step made no progress for {limit_s:g} s; {node} moved last {now - moved_at:.0f} s ago"
+        return self._deployment.failed(DeadlineExceeded(text, node=node, phase="step"), now)
+
+
+def _say_hello_again(worker: WorkerId) -> DisconnectWorker:
+    return DisconnectWorker(worker=worker, error=PeerLost(f"{worker} is not a member any more", node=worker))

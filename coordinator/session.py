@@ -1,0 +1,112 @@
+"""One request's life: its token log, how much of it the workers have computed, and its times.
+
+Knows nothing of queues, plans or other sessions.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+
+from coordinator.events import RequestArrived, token_ids
+from protocol.batches import Sampling, SessionRows
+from protocol.errors import PromptTooLong, RequestInvalid
+from protocol.ids import SessionId
+from protocol.messages import Timings, Usage
+from protocol.specs import ModelSpec
+
+
+@dataclass(slots=True, kw_only=True)
+class Session:
+    """`tokens` is the whole log, prompt and answer; of it the workers hold keys and values of the first `computed`.
+
+    The log is all that is needed to compute the session again from its beginning, by setting `computed` to 0.
+    """
+
+    session: SessionId
+    tokens: array[int]
+    num_prompt: int
+    max_tokens: int
+    sampling: Sampling
+    stop_tokens: frozenset[int]
+    arrived_at: float
+    computed: int = 0
+    last_step: int = field(default=-1)
+    is_in_flight: bool = False
+    started_at: float | None = None
+    first_token_at: float | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Positions of keys and values it may take."""
+        return self.num_prompt + self.max_tokens
+
+    @property
+    def num_answer(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens of the log that the workers have not computed; 1 while it decodes."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the workers hold nothing of it yet."""
+        return self.computed == 0
+
+    def next_rows(self, most: int) -> SessionRows:
+        """Return the next rows to compute, at most `most`; the last row of the log is sampled."""
+        count = min(most, self.num_pending)
+        return SessionRows(
+            session=self.session,
+            start=self.computed,
+            count=count,
+            capacity=self.capacity,
+            sample=count == self.num_pending,
+        )
+
+    def usage(self) -> Usage:
+        """Count tokens; an end-of-text token is not counted."""
+        return Usage(prompt_tokens=self.num_prompt, completion_tokens=self.num_answer)
+
+    def timings(self, now: float) -> Timings:
+        """Return where the time went; a phase that was never reached lasts until now."""
+        started_at = now if self.started_at is None else self.started_at
+        first_token_at = now if self.first_token_at is None else self.first_token_at
+        return Timings(
+            queued_s=started_at - self.arrived_at,
+            first_token_s=first_token_at - self.arrived_at,
+            total_s=now - self.arrived_at,
+        )
+
+
+def open_session(event: RequestArrived, spec: ModelSpec, now: float) -> Session:
+    """Check a request against the model; raises RequestInvalid or PromptTooLong with the numbers."""
+    if len(event.prompt) % 4:
+        raise RequestInvalid(f"prompt of {len(event.prompt)} bytes is no list of int32 token ids")
+    tokens = token_ids(event.prompt)
+    if not tokens:
+        raise RequestInvalid("the prompt is empty", remedy="send at least one token")
+    if event.max_tokens < 1:
+        raise RequestInvalid(f"max_tokens {event.max_tokens} must be at least 1")
+    if min(tokens) < 0 or max(tokens) >= spec.vocab:
+        position, token = next((i, token) for i, token in enumerate(tokens) if not 0 <= token < spec.vocab)
+        raise RequestInvalid(
+            f"token {token} at position {position} of the prompt is outside the vocabulary of {spec.vocab}",
+            remedy="encode the prompt with this model's tokenizer",
+        )
+    if len(tokens) + event.max_tokens > spec.max_positions:
+        raise PromptTooLong(
+            f"{len(tokens)} prompt tokens and max_tokens {event.max_tokens} exceed the context of {spec.max_positions}"
+        )
+    return Session(
+        session=event.session,
+        tokens=tokens,
+        num_prompt=len(tokens),
+        max_tokens=event.max_tokens,
+        sampling=event.sampling,
+        stop_tokens=event.stop_tokens,
+        arrived_at=now,
+    )
