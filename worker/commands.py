@@ -1,0 +1,93 @@
+"""What the control side tells the compute thread, and what that reports back.
+
+Knows nothing of queues or threads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from protocol.errors import ManyhandsError
+from protocol.ids import SessionId, WorkerId
+from protocol.messages import LinkOrder
+from protocol.plans import Plan
+from protocol.tiles import TileEntry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attach:
+    """Connect the data connection to this coordinator."""
+
+    worker: WorkerId
+    address: str
+    server_key: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Begin:
+    """Drop the plan before and make the links of this one."""
+
+    plan: Plan
+    links: tuple[LinkOrder, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadTiles:
+    """All tiles are on disk: load them."""
+
+    epoch: int
+    entries: tuple[TileEntry, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drop:
+    """This epoch, and any before it, is over."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forget:
+    """These sessions are over."""
+
+    sessions: tuple[SessionId, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stop:
+    """End the thread."""
+
+
+Command = Attach | Begin | LoadTiles | Drop | Forget | Stop
+URGENT = (Begin, Drop, Stop)
+"""Commands that end a step or a load that is under way."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """Tiles are loaded and links are made: this worker can compute under this epoch."""
+
+    epoch: int
+    weight_bytes: int
+    resident_bytes: int
+    load_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TilesSpoiled:
+    """A tile on disk was missing or altered and has to be fetched again."""
+
+    epoch: int
+    error: ManyhandsError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """The compute thread could not go on under this epoch; `lost` names the neighbour that is gone, if that is why."""
+
+    epoch: int
+    error: ManyhandsError
+    lost: str
+
+
+Report = Ready | TilesSpoiled | Failed

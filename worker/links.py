@@ -1,0 +1,335 @@
+"""The compute thread's way to its neighbours and to the coordinator: one poll over all data sockets.
+
+Knows nothing of tensors or of what a message means. It proves who sent a message from the key of the connection,
+drops frames of other epochs, and says at once when a neighbour's connection breaks.
+
+Only `wake`, `admit` and `address` may be used from other threads.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, Final, NamedTuple
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from protocol.errors import PeerLost, ProtocolViolation
+from protocol.frames import Buffer, Received, encode
+from protocol.ids import WorkerId
+from protocol.messages import (
+    Activation,
+    LinkHello,
+    LinkMode,
+    LinkOrder,
+    LinkWelcome,
+    Partial,
+    Sum,
+)
+from protocol.security import Gate, KeyPair
+from protocol.transport import bind_router, dial, envelope_of
+from worker.coordinator_line import CoordinatorLine, StepFrames, read_line
+from worker.peer import Peer, sockets_of
+from worker.sending import MAX_FRAME_BYTES, send_within
+from worker.waker import Waker
+from worker.wire import pack_data, unpack_data
+
+DRAIN: Final = 64  # messages taken from one socket before the others have their turn
+MAX_STASHED: Final = 1024
+TICK_S: Final = 0.02  # while links are being made
+BETWEEN_WORKERS: Final = (Activation, Partial, Sum)
+COORDINATOR: Final = WorkerId("")
+_log = logging.getLogger(__name__)
+
+
+class Arrival(NamedTuple):
+    """A message of the current epoch, proven to be from `sender` (empty: the coordinator)."""
+
+    sender: WorkerId
+    message: Any
+    payload: memoryview
+
+
+class Links:
+    """All data sockets of one worker. Made anywhere, then used by one thread only."""
+
+    def __init__(self, keys: KeyPair, listen: str, clock: Callable[[], float] = time.monotonic) -> None:
+        """Bind the listener, e.g. to "tcp://0.0.0.0:*"; raises ConfigInvalid when that is not possible."""
+        self._keys = keys
+        self._clock = clock
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._admitted: frozenset[bytes] = frozenset()
+        self._gate = Gate(self._context, lambda key: key in self._admitted)
+        self._gate.start()
+        self._listener, self.address = bind_router(self._context, keys, listen, MAX_FRAME_BYTES)
+        self._monitor = self._listener.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._waker = Waker()
+        self._line = CoordinatorLine(self._context, keys)
+        self._peers: dict[WorkerId, Peer] = {}
+        self._by_key: dict[bytes, Peer] = {}
+        self._arrivals: deque[Arrival] = deque()
+        self._poll_items: list[tuple[Any, int]] = []
+        self.epoch = 0
+        self.num_dropped = 0
+        self._refresh()
+
+    # ------------------------------------------------------------ from any thread
+
+    def wake(self) -> None:
+        """End a `receive` that waits."""
+        self._waker.wake()
+
+    def admit(self, keys: Iterable[bytes]) -> None:
+        """Let these keys, and no others, open connections to the listener."""
+        self._admitted = frozenset(keys)
+
+    # ------------------------------------------------------------ making links
+
+    def attach(self, own: WorkerId, address: str, server_key: bytes) -> None:
+        """Connect the data connection to the coordinator; an unchanged one is kept, it reconnects by itself."""
+        self._line.attach(own, address, server_key)
+        self._refresh()
+
+    def begin(self, epoch: int, orders: Sequence[LinkOrder]) -> None:
+        """Drop all links and start making those of a new epoch; `receive` makes them, `unlinked` tells how far."""
+        self._drop_peers()
+        self.epoch = epoch
+        self._peers = {order.peer.worker: Peer(order) for order in orders}
+        self._by_key = {peer.key: peer for peer in self._peers.values()}
+        self._tend()
+
+    def end(self) -> None:
+        """Drop all links; frames that still arrive are dropped too."""
+        self.begin(0, ())
+
+    @property
+    def unlinked(self) -> tuple[WorkerId, ...]:
+        """Neighbours that have not answered yet; the coordinator (empty name) while it can't be written to."""
+        missing = [peer.worker for peer in self._peers.values() if not peer.is_linked]
+        if not self._line.is_up:
+            missing.append(COORDINATOR)
+        return tuple(missing)
+
+    # ------------------------------------------------------------ frames
+
+    def send(self, target: WorkerId, message: object, payload: Buffer | None = None) -> None:
+        """Send to a neighbour, or to the coordinator (COORDINATOR). A large payload must stay unchanged for good.
+
+        Raises PeerLost or CoordinatorLost when the connection is gone or does not take it within 5 s.
+        """
+        if target == COORDINATOR:
+            self._line.send(encode(message, payload))
+            return
+        peer = self._peers[target]
+        frames = pack_data(message, payload)
+        try:
+            self._send_to_peer(peer, frames)
+        except zmq.ZMQError as error:
+            raise PeerLost(f"{target} can't be sent to: {error.strerror}", node=target, phase="send") from error
+
+    def receive(self, timeout_s: float) -> Arrival | None:
+        """Return the next message of this epoch; None after `timeout_s` or when woken.
+
+        Raises PeerLost (naming it) when a neighbour's connection breaks, ProtocolViolation for what may not be sent.
+        """
+        if self._arrivals:
+            return self._arrivals.popleft()
+        deadline = self._clock() + timeout_s
+        while True:
+            is_linking = any(not peer.is_linked for peer in self._peers.values())
+            if is_linking:
+                self._tend()
+            left_s = deadline - self._clock()
+            is_woken = self._poll(min(left_s, TICK_S) if is_linking else left_s)
+            if self._arrivals:
+                return self._arrivals.popleft()
+            if is_woken or self._clock() >= deadline:
+                return None
+
+    def close(self) -> None:
+        """Close every socket and the gate."""
+        self._drop_peers()
+        self._listener.disable_monitor()
+        self._monitor.close()
+        self._listener.close(linger=200)
+        self._line.close()
+        self._gate.close()
+        self._waker.close()
+        self._context.term()
+
+    # ------------------------------------------------------------ inside
+
+    def _send_to_peer(self, peer: Peer, frames: list[Buffer]) -> None:
+        if peer.mode is LinkMode.RELAY:
+            self._line.relay(peer.worker, frames)
+        elif peer.dealer is not None:
+            send_within(peer.dealer, frames)
+        elif peer.route:
+            send_within(self._listener, [peer.route, *frames])
+        else:
+            raise PeerLost(f"{peer.worker} is not linked", node=peer.worker, phase="send")
+
+    def _poll(self, timeout_s: float) -> bool:
+        """Wait until something is readable and take it; True when woken."""
+        is_woken = False
+        for item, _ in zmq.zmq_poll(self._poll_items, max(0, round(timeout_s * 1000))):
+            if item is self._listener:
+                self._drain_listener()
+            elif self._line.socket is not None and item is self._line.socket:
+                self._drain(item, self._take_from_coordinator)
+            elif item == self._waker.fileno():
+                self._waker.clear()
+                is_woken = True
+            elif item is self._monitor:
+                self._take_listener_event()
+            else:
+                self._take_from_dealers(item)
+        return is_woken
+
+    def _drain_listener(self) -> None:
+        for _ in range(DRAIN):
+            try:
+                frames = self._listener.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            envelope = envelope_of(frames)
+            peer = self._by_key.get(envelope.public_key)
+            received = self._decode(peer, envelope.frames)
+            if received is None:
+                self.num_dropped += 1
+            elif isinstance(received.message, LinkHello):
+                self._answer_hello(peer, received.message, envelope.routing_id, int(frames[0].get(zmq.SRCFD)))
+            elif peer is None or peer.mode is not LinkMode.LISTEN or peer.route != envelope.routing_id:
+                self.num_dropped += 1
+            else:
+                self._take_from_peer(peer, received.message, received.payload)
+
+    def _answer_hello(self, peer: Peer | None, hello: LinkHello, route: bytes, descriptor: int) -> None:
+        is_probe = hello.epoch == 0
+        is_ours = peer is not None and peer.mode is LinkMode.LISTEN and hello.epoch == self.epoch
+        if (peer is not None and hello.worker != peer.worker) or not (is_probe or is_ours):
+            self.num_dropped += 1  # a newer epoch: it says hello again, and we shall know it by then
+            return
+        if peer is not None and is_ours and not is_probe:
+            peer.route, peer.descriptor, peer.is_linked = route, descriptor, True
+        frames = encode(LinkWelcome(worker=self._line.own, epoch=hello.epoch))
+        try:
+            self._listener.send_multipart([route, *frames], zmq.NOBLOCK)
+        except zmq.ZMQError as error:  # it asked and went; when it is a neighbour, the break shows on its own
+            _log.info("no way back to %s: %s", hello.worker, error.strerror)
+
+    def _take_from_dealers(self, item: zmq.Socket[bytes]) -> None:
+        for peer in self._peers.values():
+            if item is peer.monitor:
+                recv_monitor_message(item)
+                self._broken(peer)
+            elif item is peer.dealer:
+                self._drain(item, partial(self._take_frames, peer))
+
+    def _take_frames(self, peer: Peer, frames: Sequence[Buffer]) -> None:
+        received = self._decode(peer, frames)
+        if received is not None:
+            self._take_from_peer(peer, received.message, received.payload)
+
+    def _decode(self, peer: Peer | None, frames: Sequence[Buffer]) -> Received | None:
+        """Decode frames; what a neighbour garbles is an error that names it, what a stranger garbles is dropped."""
+        try:
+            return unpack_data(frames)
+        except ProtocolViolation as error:
+            if peer is None:
+                return None
+            error.node = peer.worker
+            raise
+
+    def _drain(self, socket: zmq.Socket[bytes], take: Callable[[list[memoryview]], None]) -> None:
+        for _ in range(DRAIN):
+            try:
+                frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            take([frame.buffer for frame in frames])
+
+    def _take_from_coordinator(self, frames: list[memoryview]) -> None:
+        found = read_line(frames)
+        if isinstance(found, StepFrames):
+            self._stash(Arrival(COORDINATOR, found.step, found.payload))
+            return
+        peer = self._peers.get(found.source)
+        if peer is None or peer.mode is not LinkMode.RELAY or found.target != self._line.own:
+            self.num_dropped += 1
+            return
+        self._take_frames(peer, found.frames)
+
+    def _take_from_peer(self, peer: Peer, message: Any, payload: memoryview) -> None:
+        if isinstance(message, LinkWelcome):
+            if message.epoch == self.epoch and message.worker == peer.worker:
+                peer.is_linked = True
+        elif isinstance(message, LinkHello):  # relayed; a direct one goes to the listener
+            if message.epoch == self.epoch and peer.mode is LinkMode.RELAY:
+                self._send_to_peer(peer, encode(LinkWelcome(worker=self._line.own, epoch=self.epoch)))
+        elif isinstance(message, BETWEEN_WORKERS):
+            self._stash(Arrival(peer.worker, message, payload))
+        else:
+            name = type(message).__name__
+            raise ProtocolViolation(f"{peer.worker} may not send {name}", node=peer.worker, phase="receive")
+
+    def _stash(self, arrival: Arrival) -> None:
+        if arrival.message.epoch != self.epoch:
+            self.num_dropped += 1
+        elif len(self._arrivals) >= MAX_STASHED:
+            raise ProtocolViolation(f"{len(self._arrivals)} messages wait to be computed", node=arrival.sender)
+        else:
+            self._arrivals.append(arrival)
+
+    def _take_listener_event(self) -> None:
+        event = recv_monitor_message(self._monitor)
+        for peer in self._peers.values():
+            if peer.mode is LinkMode.LISTEN and peer.is_linked and peer.descriptor == event["value"]:
+                self._broken(peer)
+
+    def _broken(self, peer: Peer) -> None:
+        if peer.is_linked:
+            peer.is_linked = False
+            raise PeerLost(f"the connection to {peer.worker} broke", node=peer.worker, phase="link")
+
+    def _tend(self) -> None:
+        """Dial and greet neighbours that have not answered yet."""
+        now = self._clock()
+        for peer in self._peers.values():
+            if peer.must_dial(now):
+                routing_id = f"{self._line.own}/{self.epoch}.{peer.number_of_dials}".encode()
+                address = peer.next_address()
+                peer.dialled(dial(self._context, address, self._keys, peer.key, routing_id, MAX_FRAME_BYTES), now)
+                self._refresh()
+            if peer.must_greet(now):
+                self._greet(peer, now)
+
+    def _greet(self, peer: Peer, now: float) -> None:
+        frames: list[Buffer] = encode(LinkHello(worker=self._line.own, epoch=self.epoch))
+        try:
+            if peer.dealer is not None:
+                peer.dealer.send_multipart(frames, zmq.NOBLOCK)
+            elif self._line.is_up:
+                self._line.relay(peer.worker, frames)
+            else:
+                return
+        except zmq.Again:  # not connected yet
+            return
+        peer.greeted(now)
+
+    def _drop_peers(self) -> None:
+        for peer in self._peers.values():
+            peer.close()
+        self._peers, self._by_key = {}, {}
+        self.num_dropped += len(self._arrivals)
+        self._arrivals.clear()
+        self._refresh()
+
+    def _refresh(self) -> None:
+        items = [self._listener, self._waker.fileno(), self._monitor, self._line.socket]
+        items += sockets_of(list(self._peers.values()))
+        self._poll_items = [(item, zmq.POLLIN) for item in items if item is not None]

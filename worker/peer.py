@@ -1,0 +1,79 @@
+"""One neighbour under a plan: which way leads to it, and whether it has answered.
+
+Knows nothing of polling or of other neighbours; time is a parameter.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import zmq
+
+from protocol.ids import WorkerId
+from protocol.messages import LinkMode, LinkOrder
+
+DIAL_S: Final = 0.7
+HELLO_S: Final = 0.4
+
+
+class Peer:
+    """The link to one worker: a DEALER of ours, a route through our listener, or the coordinator's relay."""
+
+    def __init__(self, order: LinkOrder) -> None:
+        self.worker: WorkerId = order.peer.worker
+        self.key = order.peer.public_key
+        self.mode = order.mode
+        self.is_linked = False
+        self.dealer: zmq.Socket[bytes] | None = None
+        self.monitor: zmq.Socket[bytes] | None = None
+        self.route = b""
+        self.descriptor = -1
+        self.number_of_dials = 0
+        self._addresses = order.peer.addresses
+        self._hello_at = 0.0
+        self._dial_at = 0.0
+        self._has_greeted = False
+
+    def next_address(self) -> str:
+        """Return the address to try next, round robin."""
+        return self._addresses[self.number_of_dials % len(self._addresses)]
+
+    def must_dial(self, now: float) -> bool:
+        """Whether a (new) connection is due: none yet, or the last one has not even come up."""
+        if self.is_linked or self.mode is not LinkMode.DIAL or self._has_greeted or not self._addresses:
+            return False
+        return now >= self._dial_at
+
+    def dialled(self, dealer: zmq.Socket[bytes], now: float) -> None:
+        """Take the new connection; the old one is closed."""
+        self.close()
+        self.dealer = dealer
+        self.monitor = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self.number_of_dials += 1
+        self._dial_at = now + DIAL_S
+        self._hello_at = now
+
+    def must_greet(self, now: float) -> bool:
+        """Whether a hello is due: it is repeated, because the other side may not have heard of this epoch yet."""
+        if self.is_linked or now < self._hello_at:
+            return False
+        return self.mode is LinkMode.RELAY or (self.mode is LinkMode.DIAL and self.dealer is not None)
+
+    def greeted(self, now: float) -> None:
+        """A hello went out."""
+        self._has_greeted = True
+        self._hello_at = now + HELLO_S
+
+    def close(self) -> None:
+        """End our own connection to it, if there is one."""
+        if self.dealer is not None:
+            if self.monitor is not None:
+                self.dealer.disable_monitor()
+                self.monitor.close()
+            self.dealer.close(linger=0)
+        self.dealer = self.monitor = None
+
+
+def sockets_of(peers: list[Peer]) -> list[Any]:
+    """Return every socket of these peers that may become readable."""
+    return [one for peer in peers for one in (peer.dealer, peer.monitor) if one is not None]

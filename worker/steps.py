@@ -1,0 +1,197 @@
+"""Carries steps through this worker's part of a plan: embed, own stage, hand on, sample.
+
+Knows nothing of threads, commands or sockets: messages come in by method calls and go out through `Post`. Only the
+head holds token ids, and only the head is ever given a `Step`.
+
+Shapes: T rows of a batch, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from protocol.batches import Sampling, SessionRows, num_rows
+from protocol.errors import AccessRefused, FrameMalformed, ProtocolViolation, SessionLost
+from protocol.ids import SessionId, WorkerId
+from protocol.messages import Activation, SampledToken, Step, StepDone
+from protocol.plans import Plan
+from runtime.decoder import StageModel
+from runtime.head import Head
+from runtime.reduce import from_wire, to_wire
+from runtime.sampler import choose
+from runtime.tensors import dtype_of
+from worker.links import COORDINATOR
+from worker.star import Post, Star
+
+Rows = tuple[SessionRows, ...]
+
+
+@dataclass(slots=True)
+class _Stream:
+    """What the head knows of a session: how to sample, and all its ids so far."""
+
+    sampling: Sampling
+    history: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What this worker has loaded for a plan; a head without tiles has no stage and no star."""
+
+    stage: StageModel | None
+    star: Star | None
+    head: Head | None
+    device: torch.device
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes reserved for KV caches."""
+        return 0 if self.stage is None else self.stage.kv.num_bytes
+
+
+class StepRunner:
+    """One worker's work under one plan."""
+
+    def __init__(
+        self, plan: Plan, own: WorkerId, parts: Parts, post: Post, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._plan = plan
+        self._own = own
+        self._parts = parts
+        self._post = post
+        self._clock = clock
+        self._number = plan.stage_of(own)
+        self._started: dict[int, float] = {}
+        self._streams: dict[SessionId, _Stream] = {}
+
+    def on_step(self, step: Step, payload: memoryview) -> None:
+        """Head: embed the rows and send them into the first stage. Raises AccessRefused on any other worker."""
+        head = self._parts.head
+        if head is None or self._own != self._plan.head:
+            raise AccessRefused(
+                f"{self._own} is not the head and must not be given token ids",
+                remedy="please report this: only the head may be sent a Step",
+                phase="step",
+            )
+        ids = self._ids(step, payload)
+        for opened in step.opens:
+            self._streams[opened.session] = _Stream(opened.sampling)
+        at = 0
+        for part in step.rows:
+            self._append(part, ids[at : at + part.count])
+            at += part.count
+        self._started[step.step] = self._clock()
+        self._hand_to(0, step.step, step.rows, head.embed(ids))
+
+    def on_activation(self, sender: WorkerId, message: Activation, payload: memoryview) -> None:
+        """Compute the stage a batch has come to, or sample it at the end. Raises ProtocolViolation when astray."""
+        if sender not in self._senders(message.stage):
+            raise ProtocolViolation(f"{sender} may not send activations into stage {message.stage}", node=sender)
+        if message.format is not self._plan.wire:
+            raise ProtocolViolation(
+                f"{sender} sent {message.format}, the plan's wire is {self._plan.wire}", node=sender
+            )
+        shape = (num_rows(message.rows), self._plan.model.hidden)
+        try:
+            hidden_TD = from_wire(payload, self._plan.wire, shape)
+        except ProtocolViolation as error:
+            error.node = sender
+            raise
+        hidden_TD = hidden_TD.to(self._parts.device, dtype_of(self._plan.model.activations))
+        if message.stage == len(self._plan.stages):
+            self._finish(message.step, message.rows, hidden_TD)
+        else:
+            self._compute(message.step, message.rows, hidden_TD)
+
+    def release(self, sessions: Iterable[SessionId]) -> None:
+        """Forget sessions and free their caches."""
+        for session in sessions:
+            self._streams.pop(session, None)
+            if self._parts.stage is not None:
+                self._parts.stage.release(session)
+
+    def _hand_to(self, stage: int, step: int, rows: Rows, hidden_TD: Tensor) -> None:
+        """Pass hidden states on to the hub of `stage`, or to the head after the last; here when that is this worker."""
+        # What crosses a stage's border is rounded to the wire's format, also where no wire is crossed.
+        hidden_TD = hidden_TD.to(dtype_of(self._plan.wire)).to(dtype_of(self._plan.model.activations))
+        is_last = stage == len(self._plan.stages)
+        target = self._plan.head if is_last else self._plan.stages[stage].hub_worker
+        if target != self._own:
+            self._post.send(target, self._activation(stage, step, rows), to_wire(hidden_TD, self._plan.wire))
+        elif is_last:
+            self._finish(step, rows, hidden_TD)
+        else:
+            self._compute(step, rows, hidden_TD)
+
+    def _compute(self, step: int, rows: Rows, hidden_TD: Tensor) -> None:
+        star = self._parts.star
+        if self._parts.stage is None or self._number is None or star is None:
+            raise ProtocolViolation(f"{self._own} is a member of no stage", phase="step")
+        stage = self._plan.stages[self._number]
+        is_hub = stage.hub_worker == self._own
+        if is_hub and len(stage.members) > 1:
+            message, payload = self._activation(self._number, step, rows), to_wire(hidden_TD, self._plan.wire)
+            for share in stage.members:
+                if share.worker != self._own:
+                    self._post.send(share.worker, message, payload)
+        count = num_rows(rows)
+        hidden_TD = self._parts.stage.forward(hidden_TD, rows, lambda op, part: star.reduce(step, count, op, part))
+        if is_hub:
+            self._hand_to(self._number + 1, step, rows, hidden_TD)
+
+    def _finish(self, step: int, rows: Rows, hidden_TD: Tensor) -> None:
+        head, started = self._parts.head, self._started.pop(step, None)
+        if head is None or started is None:
+            raise ProtocolViolation(f"step {step} came back to {self._own}, which has not begun it", phase="step")
+        sampled = [part for part in rows if part.sample]
+        tokens = []
+        if sampled:
+            logits_NV = head.logits(hidden_TD, rows)
+            tokens = [self._sample(part, logits_V) for part, logits_V in zip(sampled, logits_NV, strict=True)]
+        done = StepDone(
+            epoch=self._plan.epoch, step=step, tokens=tuple(tokens), step_s=max(0.0, self._clock() - started)
+        )
+        self._post.send(COORDINATOR, done, None)
+
+    def _sample(self, part: SessionRows, logits_V: Tensor) -> SampledToken:
+        stream = self._streams.get(part.session)
+        if stream is None:  # released while its step was under way: nobody reads this token
+            stream = _Stream(Sampling())
+        choice = choose(logits_V, stream.sampling, history=stream.history, position=part.start + part.count)
+        return SampledToken(session=part.session, token=choice.token, logprob=choice.logprob)
+
+    def _append(self, part: SessionRows, ids: list[int]) -> None:
+        stream = self._streams.get(part.session)
+        if stream is None or len(stream.history) < part.start:
+            known = 0 if stream is None else len(stream.history)
+            raise SessionLost(f"the head knows {known} ids of session {part.session}, its rows start at {part.start}")
+        del stream.history[part.start :]  # a repeated step says them again
+        stream.history += ids
+
+    def _ids(self, step: Step, payload: memoryview) -> list[int]:
+        count = num_rows(step.rows)
+        if len(payload) != 4 * count:
+            raise FrameMalformed(f"Step: {len(payload)} bytes of token ids for {count} rows")
+        ids: list[int] = np.frombuffer(payload, dtype="<i4").tolist()
+        return ids
+
+    def _senders(self, stage: int) -> tuple[WorkerId, ...]:
+        """Who may send this worker activations into `stage`."""
+        plan = self._plan
+        if stage == len(plan.stages):
+            return (plan.stages[-1].hub_worker,) if self._own == plan.head else ()
+        if stage != self._number:
+            return ()
+        hub = plan.stages[stage].hub_worker
+        if hub != self._own:
+            return (hub,)
+        return (plan.head if stage == 0 else plan.stages[stage - 1].hub_worker,)
+
+    def _activation(self, stage: int, step: int, rows: Rows) -> Activation:
+        return Activation(epoch=self._plan.epoch, step=step, stage=stage, format=self._plan.wire, rows=rows)

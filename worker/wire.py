@@ -1,0 +1,40 @@
+"""How a data message lies on a link between workers: small ones in one frame, large ones in two.
+
+Knows nothing of sockets. One frame instead of two saves a second encryption and a second pass through the I/O threads,
+a fifth of the time of an allreduce of 4 KiB; copying a small payload costs less than lending it to the socket.
+
+    joined     0xC1 (no msgpack value begins so), header length as 3 bytes little-endian, header, payload
+    as it is   the frames of `protocol.frames`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from protocol.errors import FrameMalformed
+from protocol.frames import Buffer, Received, decode, encode
+
+MARK: Final = 0xC1
+PREFIX_BYTES: Final = 4
+JOIN_MOST_BYTES: Final = 32 * 1024
+
+
+def pack_data(message: object, payload: Buffer | None = None) -> list[Buffer]:
+    """Return the frames of a message for a link; a payload above 32 KiB is not copied, keep it until it is sent."""
+    frames = encode(message, payload)
+    if len(frames) == 1 or memoryview(frames[1]).nbytes > JOIN_MOST_BYTES:
+        return frames
+    header = frames[0]
+    return [b"".join((bytes((MARK,)), len(header).to_bytes(3, "little"), header, frames[1]))]
+
+
+def unpack_data(frames: Sequence[Buffer]) -> Received:
+    """Decode what `pack_data` made; the payload is a view. Raises FrameMalformed or FrameTooLarge."""
+    if len(frames) != 1 or not len(frames[0]) or frames[0][0] != MARK:
+        return decode(frames)
+    view = memoryview(frames[0])
+    end = PREFIX_BYTES + int.from_bytes(view[1:PREFIX_BYTES], "little")
+    if len(view) < max(end, PREFIX_BYTES):
+        raise FrameMalformed(f"joined frame of {len(view)} bytes ends inside its header")
+    return decode((view[PREFIX_BYTES:end], view[end:]))
