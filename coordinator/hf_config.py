@@ -6,12 +6,12 @@ wrong answer that looks right is worse than none. Defaults of absent keys are th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from coordinator.hf_keys import FIXED_KEYS, HARMLESS_KEYS, SHARED_KEYS
 from coordinator.json_file import MAX_INT, JsonFields, read_json_object
-from protocol.errors import CheckpointInvalid, ModelUnsupported
+from protocol.errors import CheckpointInvalid, ConfigInvalid, ModelUnsupported
 from protocol.specs import (
     ActivationFormat,
     ModelSpec,
@@ -82,7 +82,8 @@ def read_hf_config(
 
     Absent formats follow the checkpoint: its own dtype (float32 for float16, which bfloat16 can't hold), and
     activations in float32 for float32 weights, else bfloat16. `name` is by default the folder's.
-    Raises CheckpointInvalid for a missing file or a wrong value, ModelUnsupported for arithmetic we don't do.
+    Raises CheckpointInvalid for a missing file or a wrong value, ModelUnsupported for arithmetic we don't do,
+    ConfigInvalid for more `ffn_tiles` than columns.
     """
     path = folder / "config.json"
     config = JsonFields(read_json_object(path), str(path))
@@ -92,6 +93,25 @@ def read_hf_config(
     weights = weights or (WeightFormat.BFLOAT16 if dtype == "bfloat16" else WeightFormat.FLOAT32)
     if activations is None:
         activations = ActivationFormat.FLOAT32 if weights is WeightFormat.FLOAT32 else ActivationFormat.BFLOAT16
+    name = (name or folder.resolve().name or architecture)[:NAME_CHARS]
+    spec = _spec(config, family, name, weights, activations)
+    if ffn_tiles is not None:
+        try:
+            spec = replace(spec, ffn_tiles=ffn_tiles)
+        except ValueError as error:
+            raise ConfigInvalid(f"{path}: {error}", remedy="ask for fewer FFN tiles") from error
+    bos_token_ids = config.token_ids("bos_token_id")
+    return HfConfig(
+        spec=spec,
+        eos_token_ids=_generation_eos(folder) or config.token_ids("eos_token_id"),
+        bos_token_id=bos_token_ids[0] if bos_token_ids else None,
+        dtype=dtype,
+    )
+
+
+def _spec(
+    config: JsonFields, family: _Family, name: str, weights: WeightFormat, activations: ActivationFormat
+) -> ModelSpec:
     heads, hidden = config.positive("num_attention_heads"), config.positive("hidden_size")
     head_dim = family.head_dim or (hidden // heads if hidden % heads == 0 else None)
     layers, intermediate = config.positive("num_hidden_layers"), config.positive("intermediate_size")
@@ -99,8 +119,8 @@ def read_hf_config(
         raise config.invalid("num_hidden_layers", f"at most {MAX_LAYERS}")
     attention_bias = config.flag("attention_bias")
     try:
-        spec = ModelSpec(
-            name=(name or folder.resolve().name or architecture)[:NAME_CHARS],
+        return ModelSpec(
+            name=name,
             family=family.model_type,
             hidden=hidden,
             layers=layers,
@@ -112,7 +132,7 @@ def read_hf_config(
             max_positions=config.positive("max_position_embeddings"),
             norm_eps=config.number("rms_norm_eps"),
             rope=_rope(config),
-            ffn_tiles=ffn_tiles or default_ffn_tiles(intermediate),
+            ffn_tiles=default_ffn_tiles(intermediate),
             weights=weights,
             activations=activations,
             qkv_bias=attention_bias or family.qkv_bias_always,
@@ -123,15 +143,7 @@ def read_hf_config(
             sliding_windows=_sliding_windows(config, family, layers),
         )
     except ValueError as error:
-        raise CheckpointInvalid(f"{path}: {error}") from error
-    eos_token_ids = _generation_eos(folder) or config.token_ids("eos_token_id")
-    bos_token_ids = config.token_ids("bos_token_id")
-    return HfConfig(
-        spec=spec,
-        eos_token_ids=eos_token_ids,
-        bos_token_id=bos_token_ids[0] if bos_token_ids else None,
-        dtype=dtype,
-    )
+        raise CheckpointInvalid(f"{config.where}: {error}") from error
 
 
 def _family_of(config: JsonFields) -> tuple[str, _Family]:

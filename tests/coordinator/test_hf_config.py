@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from coordinator.hf_config import read_hf_config
-from protocol.errors import CheckpointInvalid, ManyhandsError, ModelUnsupported
+from protocol.errors import CheckpointInvalid, ConfigInvalid, ManyhandsError, ModelUnsupported
 from protocol.specs import ActivationFormat, ModelSpec, RopeKind, RopeSpec, WeightFormat
 
 ARCHITECTURE = {
@@ -247,3 +247,11 @@ def test_edits_survive_a_round_trip_of_transformers(tmp_path: Path) -> None:
     save_model(tmp_path, "qwen3", use_sliding_window=True, sliding_window=8, max_window_layers=1)
     edit_json(tmp_path / "config.json", unsloth_version="1", temperature=0.7)
     assert read_hf_config(tmp_path).spec.sliding_windows == (0, 8)
+
+
+def test_the_number_of_ffn_tiles_may_be_chosen(tmp_path: Path) -> None:
+    write(tmp_path)
+    assert read_hf_config(tmp_path).spec.ffn_tiles == 5
+    assert read_hf_config(tmp_path, ffn_tiles=2).spec.ffn_tiles == 2
+    with pytest.raises(ConfigInvalid, match="ffn_tiles"):
+        read_hf_config(tmp_path, ffn_tiles=161)
