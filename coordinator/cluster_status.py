@@ -14,10 +14,20 @@ from protocol.plans import Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoadingStatus:
+    """How far a worker has come with its part of a plan; `step` is fetch, load or link, empty when it has not begun."""
+
+    step: str
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerStatus:
     """One worker. `phase`, `resident_bytes`, `weight_bytes`, `kv_bytes` are from its last heartbeat.
 
-    `link`: "relay" when one of its links of the plan goes through the coordinator, else "direct".
+    `link`: "relay" when one of its links of the plan goes through the coordinator, else "direct". `loading` is None
+    for a worker that the plan does not wait for.
     """
 
     name: WorkerId
@@ -30,6 +40,7 @@ class WorkerStatus:
     kv_bytes: int
     last_heard_s: float
     link: str
+    loading: LoadingStatus | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

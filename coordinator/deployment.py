@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from coordinator.cluster_status import LoadingStatus
 from coordinator.events import Effect, Phase, SendControl
 from coordinator.links import decide_links, probe_targets
 from coordinator.memory import KvRoom, bytes_text, kv_room
@@ -93,6 +94,13 @@ class Deployment:
         """Return how `worker` reaches `peer` under the plan that loads or is ready; None when it doesn't."""
         orders = self.links.get(worker, ())
         return next((order.mode for order in orders if order.peer.worker == peer), None)
+
+    def loading_of(self, worker: WorkerId) -> LoadingStatus | None:
+        """Return how far a worker has come with loading; None when the plan does not wait for it."""
+        state = self._loading.get(worker)
+        if state is None:
+            return None
+        return LoadingStatus(step=state.step, done_bytes=state.done_bytes, total_bytes=state.total_bytes)
 
     def progress_text(self) -> str:
         """Say how far loading has come; empty in other phases."""

@@ -114,6 +114,7 @@ class ClusterState:
             kv_bytes=last.kv_bytes if last else 0,
             last_heard_s=member.lease.silence_s(now),
             link="relay" if relayed else "direct",
+            loading=self._deployment.loading_of(member.worker),
         )
 
     # ------------------------------------------------------------ the one way in
