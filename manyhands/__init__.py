@@ -6,7 +6,7 @@ Imports no torch; the processes that compute are started, not imported.
 from __future__ import annotations
 
 from manyhands.client import AsyncClient, AsyncGenerationStream
-# from manyhands.cluster import LocalCluster
+from manyhands.cluster import LocalCluster
 from manyhands.options import Options
 from manyhands.results import Generation, Piece
 from manyhands.sync import Client, GenerationStream

@@ -50,14 +50,18 @@ class AsyncGenerationStream:
         return self
 
     async def __anext__(self) -> Piece:
-        try:
-            piece = await self._mailbox.next_piece()
-        except asyncio.CancelledError:
-            await self.aclose()
-            raise
+        piece = await self.next_piece()
         if piece is None:
             raise StopAsyncIteration
         return piece
+
+    async def next_piece(self) -> Piece | None:
+        """Wait for the next piece; None after the last one."""
+        try:
+            return await self._mailbox.next_piece()
+        except asyncio.CancelledError:
+            await self.aclose()
+            raise
 
     async def aclose(self) -> None:
         """Stop the work, if any is left; safe to call twice."""

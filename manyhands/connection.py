@@ -14,7 +14,7 @@ import json
 import logging
 import secrets
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import zmq
 import zmq.asyncio
@@ -51,6 +51,7 @@ GOODBYE_S = 0.5  # how long the last Cancel messages may take to leave
 log = logging.getLogger(__name__)
 
 Status = dict[str, Any]
+T = TypeVar("T")
 
 
 class Connection:
@@ -131,8 +132,8 @@ class Connection:
             self._task.cancel()
         await asyncio.wait([self._task])
 
-    async def _ask(self, message: object, waiters: list[asyncio.Future[Any]]) -> Any:
-        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    async def _ask(self, message: object, waiters: list[asyncio.Future[T]]) -> T:
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         waiters.append(answer)
         try:
             self._post(encode(message))
@@ -217,7 +218,8 @@ class Connection:
 
     def _fail_all(self, error: ManyhandsError) -> None:
         self._deliver(self._talk.fail_all(error))
-        for waiter in (*self._status_waiters, *self._invite_waiters):
+        waiters: list[asyncio.Future[Any]] = [*self._status_waiters, *self._invite_waiters]
+        for waiter in waiters:
             if not waiter.done():
                 waiter.set_exception(error)
 

@@ -199,7 +199,14 @@ def test_bad_prompts_are_named(prompt: Any, problem: str) -> None:
         completion_order(R, prompt, Options())
 
 
-BAD_CHATS: list[Any] = [[], "hi", {"role": "user", "content": "x"}, [{"role": "user"}], [{"role": 1, "content": "x"}], [5]]
+BAD_CHATS: list[Any] = [
+    [],
+    "hi",
+    {"role": "user", "content": "x"},
+    [{"role": "user"}],
+    [{"role": 1, "content": "x"}],
+    [5],
+]
 
 
 @pytest.mark.parametrize("messages", BAD_CHATS)

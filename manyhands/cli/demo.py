@@ -1,0 +1,88 @@
+"""`manyhands demo`: the model that comes along, on worker processes of this machine, with all there is to see.
+
+Knows nothing of how a cluster is made (`manyhands.cluster`).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import click
+
+from manyhands.cli.flags import Configuration, print_settings, settings_options
+from manyhands.cli.join import require_torch
+from manyhands.cli.news import LoadMeter, news
+from manyhands.cli.screen import WaitNote, console, table
+from manyhands.cli.tables import PLAN_HEADINGS, model_line, plan_line, plan_rows
+from manyhands.cluster import LocalCluster
+from manyhands.config import DemoConfig
+from manyhands.connection import Status
+from manyhands.results import Generation
+
+
+def command() -> click.Command:
+    """Return the command."""
+    parameters = settings_options(DemoConfig)
+    text = "Run the small model that comes along on worker processes of this machine, and show who did what."
+    return click.Command("demo", params=parameters, callback=run, help=text)
+
+
+def run(**given: Any) -> None:
+    """Start, generate, show, end; raises what `LocalCluster` and the client raise."""
+    loaded = Configuration(given).load(DemoConfig, "demo", uses_file=False)
+    if given["print_config"]:
+        print_settings(loaded)
+        return
+    require_torch()
+    config = loaded.config
+    began = time.monotonic()
+    with WaitNote(line_every_s=1.0) as note:
+        note.line(f"starting a coordinator and its workers on this machine, plan {config.plan}")
+        cluster = LocalCluster(plan=config.plan, dtype=config.dtype, on_status=Narrator(note).see)
+        note.line(f"up after {time.monotonic() - began:.1f} s")
+    with cluster:
+        status = cluster.status()
+        console().print(f"model {model_line(status)}\n")
+        answer = _speak(cluster, config)
+        pids = {worker.name: worker.pid for worker in cluster.workers}
+        _show(cluster.status(), pids, answer)
+
+
+class Narrator:
+    """Tells what happens while a cluster starts."""
+
+    def __init__(self, note: WaitNote) -> None:
+        self._note = note
+        self._before: Status = {}
+        self._meter = LoadMeter()
+
+    def see(self, status: Status) -> None:
+        """Take a look at the status and tell what is new."""
+        for line in news(self._before, status):
+            self._note.line(line)
+        self._before = status
+        self._note.say(self._meter.see(status, time.monotonic()))
+
+
+def _speak(cluster: LocalCluster, config: DemoConfig) -> Generation:
+    out = sys.stdout
+    out.write(config.prompt)
+    with cluster.client().generate(config.prompt, max_tokens=config.max_tokens, stream=True) as stream:
+        for piece in stream:
+            out.write(piece.text)
+            out.flush()
+        out.write("\n\n")
+        return stream.result
+
+
+def _show(status: Status, pids: dict[str, int], answer: Generation) -> None:
+    out = console(sys.stdout)
+    out.print(table(PLAN_HEADINGS, plan_rows(status, pids)))
+    out.print()
+    out.print(f"time to first token  {answer.timings.first_token_s * 1000:.0f} ms")
+    out.print(f"speed                {answer.tokens_per_second:.1f} tokens/s")
+    out.print(f"tokens               {answer.usage.prompt_tokens} in, {answer.usage.completion_tokens} out")
+    out.print(f"plan                 {plan_line(status)}")
+    out.print("encrypted            yes (CURVE on every socket, keys pinned)")

@@ -1,0 +1,99 @@
+"""The cluster as tables and lines for people, from the coordinator's status.
+
+Knows nothing of terminals or of how a status is had. Keys that an older coordinator lacks are shown as a dash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from manyhands.cli.screen import bytes_text, count_text
+
+DASH = "-"
+PLAN_HEADINGS = ("worker", "pid", "role", "layers", "groups", "FFN tiles", "weights", "resident")
+WORKER_HEADINGS = ("worker", "role", "phase", "device", "layers", "weights", "resident", "heard", "link")
+
+Tree = Mapping[str, Any]
+Row = tuple[str, ...]
+
+
+def plan_rows(status: Tree, pids: Mapping[str, int]) -> list[Row]:
+    """Return who holds what: a row for each worker in the order of the plan, a head without layers first."""
+    shares = _shares(status)
+    head: str = (status.get("plan") or {}).get("head", "")
+    workers = {worker["name"]: worker for worker in status.get("workers", [])}
+    names = [name for name in (head, *shares) if name in workers]
+    return [
+        (
+            name,
+            str(pids.get(name, DASH)),
+            _role(name, head, shares),
+            _range(shares.get(name, {}).get("layers")),
+            _range(shares.get(name, {}).get("groups")),
+            _range(shares.get(name, {}).get("ffn")),
+            bytes_text(workers[name].get("weight_bytes", 0)),
+            bytes_text(workers[name].get("resident_bytes", 0)),
+        )
+        for name in dict.fromkeys(names)
+    ]
+
+
+def worker_rows(status: Tree) -> list[Row]:
+    """Return how every worker is: a row for each, in the order they joined."""
+    shares = _shares(status)
+    return [
+        (
+            worker["name"],
+            worker.get("role", DASH),
+            worker.get("phase", DASH),
+            f"{worker.get('device', DASH)} {worker.get('cores', DASH)} cores",
+            _range(shares.get(worker["name"], {}).get("layers")),
+            bytes_text(worker.get("weight_bytes", 0)),
+            f"{bytes_text(worker.get('resident_bytes', 0))} of {bytes_text(worker.get('budget_bytes', 0))}",
+            f"{worker.get('last_heard_s', 0):.1f} s ago",
+            worker.get("link", DASH),
+        )
+        for worker in status.get("workers", [])
+    ]
+
+
+def model_line(status: Tree) -> str:
+    """Return one line on the model."""
+    model = status.get("model") or {}
+    size = count_text(model.get("parameters", 0))
+    kind = f"{model.get('family', '?')}, {size} parameters, {model.get('layers', '?')} layers"
+    return f"{model.get('name', '?')} ({kind}, {model.get('weights', '?')})"
+
+
+def plan_line(status: Tree) -> str:
+    """Return one line on the plan."""
+    plan = status.get("plan")
+    if not plan:
+        return "none yet"
+    stages = len(plan.get("stages", []))
+    members = len(_shares(status))
+    return f"{plan.get('words', '?')} ({members} workers in {stages} stage{'s' if stages != 1 else ''})"
+
+
+def _shares(status: Tree) -> dict[str, Tree]:
+    plan = status.get("plan") or {}
+    return {
+        member["worker"]: {**member, "layers": stage["layers"], "hub": stage["hub"]}
+        for stage in plan.get("stages", [])
+        for member in stage["members"]
+    }
+
+
+def _role(name: str, head: str, shares: Mapping[str, Tree]) -> str:
+    roles = ["head"] if name == head else []
+    if name in shares:
+        roles.append("hub" if shares[name]["hub"] == name else "member")
+    return ", ".join(roles) or DASH
+
+
+def _range(span: Any) -> str:
+    """Return the half-open span as it is written everywhere: 0..3 for the layers 0, 1 and 2."""
+    if not span or span[0] == span[1]:
+        return DASH
+    return f"{span[0]}..{span[1]}"

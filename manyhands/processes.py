@@ -1,0 +1,139 @@
+"""Daemons as child processes: started with their settings in the environment, watched, and always ended.
+
+Knows nothing of what the daemons do. A child's standard input is its life line: it ends itself when the pipe closes,
+so that none outlives a parent that was killed.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from protocol import exits
+from protocol.errors import (
+    AccessRefused,
+    CheckpointInvalid,
+    ConfigInvalid,
+    CoordinatorLost,
+    InvariantBroken,
+    ManyhandsError,
+    PeerLost,
+    StorageFull,
+)
+from protocol.logs import redact
+from protocol.settings import ENV_PREFIX
+
+PACKAGES = Path(__file__).resolve().parent.parent
+STOP_GRACE_S = 8.0
+TAIL_BYTES = 16_384
+
+
+class ChildProcess:
+    """One running `python -m MODULE`; its standard output and error go to a log file.
+
+    `settings` are keyed by setting name. They travel in the environment, where no other user can read a secret; what
+    this process has in its own MANYHANDS_ variables is not handed down.
+    """
+
+    def __init__(self, module: str, settings: Mapping[str, str], log_path: Path) -> None:
+        self.module = module
+        self.log_path = log_path
+        log_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with os.fdopen(os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as log:
+            # -P: a folder called `worker` where the user happens to stand must not shadow ours.
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", module],
+                env=_environment(settings),
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C reaches us alone; we end the children in order
+            )
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self.process.pid
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it still runs."""
+        return self.process.poll() is None
+
+    def log_bytes(self) -> int:
+        """Return how much it has logged: life that others can't see yet."""
+        return self.log_path.stat().st_size
+
+    def log_tail(self, lines: int = 20) -> str:
+        """Return the last lines of its log, link secrets blacked out."""
+        with self.log_path.open("rb") as log:
+            log.seek(max(0, self.log_bytes() - TAIL_BYTES))
+            text = log.read(TAIL_BYTES).decode("utf-8", "replace")
+        return redact("\n".join(text.splitlines()[-lines:]))
+
+    def require_alive(self, name: str) -> None:
+        """Raise the error of `child_error` when it has ended."""
+        if not self.is_alive:
+            raise child_error(self, name)
+
+    def ask_to_stop(self) -> None:
+        """Tell it to end: SIGTERM, and the life line is cut."""
+        if self.is_alive:
+            self.process.terminate()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+
+
+# What a daemon's exit code says about why it ended; anything else is a loss.
+_REASONS: Mapping[int, type[ManyhandsError]] = {
+    exits.CONFIG: ConfigInvalid,
+    exits.DATA: CheckpointInvalid,
+    exits.CANT_CREATE: StorageFull,
+    exits.REFUSED: AccessRefused,
+    exits.SOFTWARE: InvariantBroken,
+}
+
+
+def child_error(child: ChildProcess, name: str) -> ManyhandsError:
+    """Return the error that tells why a daemon of ours ended, in its own words, or with the end of its log."""
+    code = child.process.returncode
+    loss = CoordinatorLost if child.module == "coordinator" else PeerLost
+    tail = child.log_tail()
+    said = _last_line(tail, "error: ")
+    return _REASONS.get(code, loss)(
+        f"{name} ended with code {code}" + (f": {said}" if said else ""),
+        remedy=_last_line(tail, "remedy: ") or (f"the end of its log:\n{tail}" if tail else ""),
+        node=name,
+        phase="start",
+    )
+
+
+def stop_all(children: Iterable[ChildProcess], grace_s: float = STOP_GRACE_S) -> None:
+    """End all children: asked at once, killed after `grace_s` seconds in all; returns when all are gone."""
+    running = list(children)
+    for child in running:
+        child.ask_to_stop()
+    deadline = time.monotonic() + grace_s
+    for child in running:
+        try:
+            child.process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            child.process.kill()
+            child.process.wait()
+
+
+def _environment(settings: Mapping[str, str]) -> dict[str, str]:
+    own = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
+    paths = [str(PACKAGES), *filter(None, own.get("PYTHONPATH", "").split(os.pathsep))]
+    own["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+    own["PYTHONUNBUFFERED"] = "1"
+    return own | {ENV_PREFIX + name.upper(): value for name, value in settings.items()}
+
+
+def _last_line(tail: str, beginning: str) -> str:
+    found = [line.removeprefix(beginning) for line in tail.splitlines() if line.startswith(beginning)]
+    return found[-1] if found else ""
