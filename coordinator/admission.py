@@ -18,12 +18,11 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import NamedTuple
 
-from zmq.utils import z85
-
 from protocol.errors import AccessRefused
 from protocol.frames import negotiate
 from protocol.ids import WorkerId, worker_id
 from protocol.messages import ROW_OF, ClientHello, Enroll, Hello, Role
+from protocol.security import is_key
 
 MAX_NAME_CHARS = 63
 WORKER_ROLES = frozenset({Role.WORKER, Role.HEAD})
@@ -162,11 +161,9 @@ class AccessBook:
         return revoked
 
     def _require_worker_key(self, public_key: bytes) -> None:
-        try:
-            num_bytes = len(z85.decode(public_key))
-        except (KeyError, ValueError, TypeError) as error:
-            raise AccessRefused("the key to pin is no CURVE public key", phase="enrolment") from error
-        if num_bytes != 32 or public_key in self._tokens or public_key in self._clients:
+        if not is_key(public_key):
+            raise AccessRefused("the key to pin is no CURVE public key", phase="enrolment")
+        if public_key in self._tokens or public_key in self._clients:
             raise AccessRefused("the key to pin is already used in another role", phase="enrolment")
 
     def _free_name(self, asked: str) -> WorkerId:

@@ -25,7 +25,7 @@ MIGRATIONS = (
                        pinned_at_s REAL NOT NULL, revoked INTEGER NOT NULL DEFAULT 0);
     CREATE TABLE tokens (public_key BLOB PRIMARY KEY, trusted INTEGER NOT NULL, expires_at_s REAL NOT NULL,
                          spent_by BLOB NOT NULL DEFAULT x'');
-    CREATE TABLE clients (public_key BLOB PRIMARY KEY, name TEXT NOT NULL);
+    CREATE TABLE clients (public_key BLOB NOT NULL UNIQUE, name TEXT PRIMARY KEY);
     """,
 )
 """One script a schema version, from the version before to this one; a new version is added at the end."""
@@ -98,10 +98,11 @@ class Journal:
         with _told(self._path):
             return [bytes(key) for (key,) in self._db.execute("SELECT public_key FROM clients").fetchall()]
 
-    def add_client(self, public_key: bytes, name: str) -> None:
-        """Remember a client's key."""
+    def put_client(self, name: str, public_key: bytes) -> None:
+        """Remember a client's key; a key it had before is not let in any more."""
         with self._transaction() as db:
-            db.execute("INSERT INTO clients VALUES (?, ?) ON CONFLICT DO NOTHING", (public_key, name))
+            db.execute("DELETE FROM clients WHERE name = ?", (name,))
+            db.execute("INSERT INTO clients VALUES (?, ?)", (public_key, name))
 
     def add_token(self, token: Token) -> None:
         """Remember a new invitation."""

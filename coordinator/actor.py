@@ -1,0 +1,171 @@
+"""Carries out what the core and the desk decide: hands them events, sends their messages, feeds back what failed.
+
+Knows nothing of how messages arrive. Events that come up while effects are carried out wait their turn, so the core
+is never entered twice.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from coordinator.admission import Channel
+from coordinator.desk import Act, Desk, Say
+from coordinator.events import (
+    DisconnectWorker,
+    Effect,
+    Event,
+    PhaseChanged,
+    SendControl,
+    SendStep,
+    SessionEnded,
+    SessionFailed,
+    TokensCommitted,
+    WorkerGone,
+)
+from coordinator.exchange import Exchange
+from coordinator.state import ClusterState
+from protocol.errors import InvariantBroken
+from protocol.frames import Buffer, encode, pack_manifest
+from protocol.ids import WorkerId
+from protocol.messages import ErrorReport, Load
+from protocol.tiles import TileEntry, TileId
+
+_log = logging.getLogger(__name__)
+MAX_HELD = 64  # steps for a head that is not connected yet; the core has far fewer in flight
+
+
+class _Held(NamedTuple):
+    """Frames for a data connection that is still on its way, and until when it is worth waiting."""
+
+    worker: WorkerId
+    frames: list[Buffer]
+    deadline: float
+
+
+class Actor:
+    """The core, the desk, and the way out. One event loop uses it."""
+
+    def __init__(
+        self,
+        *,
+        state: ClusterState,
+        desk: Desk,
+        exchange: Exchange,
+        entries: Mapping[TileId, TileEntry],
+        clock: Callable[[], float],
+        patience_s: float,
+    ) -> None:
+        """`patience_s`: how long a step waits for the head's data connection."""
+        self.state = state
+        self.desk = desk
+        self.clock = clock
+        self._exchange = exchange
+        self._entries = entries
+        self._patience_s = patience_s
+        self._todo: deque[Event] = deque()
+        self._is_running = False
+        self._held: deque[_Held] = deque()
+        self._routes: dict[tuple[WorkerId, Channel], bytes] = {}
+
+    def know_route(self, worker: WorkerId, channel: Channel, routing_id: bytes) -> None:
+        """Remember where a worker, proven by its key, was heard: answers and orders go there."""
+        self._routes[worker, channel] = routing_id
+
+    def route(self, worker: WorkerId, channel: Channel) -> bytes:
+        """Return the routing id of a worker's connection."""
+        return self._routes.get((worker, channel), f"{worker}/{channel}".encode())
+
+    def run(self, *events: Event) -> None:
+        """Hand events to the core and carry out all that follows from them."""
+        self._todo.extend(events)
+        if self._is_running:
+            return
+        self._is_running = True
+        try:
+            while self._todo:
+                for effect in self.state.handle(self._todo.popleft(), self.clock()):
+                    self._carry_out(effect)
+        finally:
+            self._is_running = False
+
+    def act(self, acts: Iterable[Act]) -> None:
+        """Carry out what the desk wants, in order."""
+        for act in acts:
+            if isinstance(act, Say):
+                self.say(act.client, act.message)
+            else:
+                self.run(act)
+
+    def say(self, client: bytes, message: object, payload: Buffer | None = None) -> None:
+        """Send to a client; one that is gone or does not keep up loses its requests."""
+        if not self._exchange.send(client, encode(message, payload)):
+            self.act(self.desk.client_gone(client))
+
+    def send(self, routing_id: bytes, message: object, payload: Buffer | None = None) -> bool:
+        """Send to a routing id and say whether it was taken."""
+        return self._exchange.send(routing_id, encode(message, payload))
+
+    def forward(self, worker: WorkerId, frames: Sequence[Buffer]) -> bool:
+        """Send frames as they are to a worker's data connection and say whether they were taken."""
+        return self._exchange.send(self.route(worker, Channel.DATA), frames)
+
+    def retry_held(self) -> None:
+        """Try again to send steps to a head that was not connected; give it up when its time is over."""
+        now, held = self.clock(), self._held
+        self._held = deque()
+        for one in held:
+            if any(other.worker == one.worker for other in self._held) or not self.forward(one.worker, one.frames):
+                self._held.append(one)  # behind one that still waits: steps stay in order
+        overdue = {one.worker for one in self._held if now >= one.deadline}
+        for worker in overdue:
+            self._lose(worker, "its data connection can't be reached")
+
+    def _carry_out(self, effect: Effect) -> None:
+        match effect:
+            case SendControl():
+                self._send_control(effect)
+            case SendStep():
+                self._send_step(effect)
+            case DisconnectWorker():
+                _log.warning("worker %s: %s", effect.worker, effect.error)
+                self._forget(effect.worker)
+                self.send(self.route(effect.worker, Channel.CONTROL), ErrorReport.of(effect.error))
+            case TokensCommitted():
+                self.act(self.desk.committed(effect, self.clock()))
+            case SessionEnded():
+                self.act(self.desk.ended(effect))
+            case SessionFailed():
+                _log.info("session %d: %s", effect.session, effect.error)
+                self.act(self.desk.failed(effect))
+            case PhaseChanged():
+                _log.info("%s (epoch %d): %s", effect.phase, effect.epoch, effect.detail)
+            case _:
+                raise InvariantBroken(f"no way to carry out {type(effect).__name__}")
+
+    def _send_control(self, effect: SendControl) -> None:
+        payload = None
+        if effect.wants_manifest:
+            if not isinstance(effect.message, Load):
+                raise InvariantBroken(f"{type(effect.message).__name__} carries no manifest")
+            tiles = effect.message.plan.tiles_of(effect.worker)
+            payload = pack_manifest(self._entries[tile] for tile in tiles)
+        if not self.send(self.route(effect.worker, Channel.CONTROL), effect.message, payload):
+            self._lose(effect.worker, "its control connection can't be reached")
+
+    def _send_step(self, effect: SendStep) -> None:
+        frames = encode(effect.step, effect.tokens)
+        if any(one.worker == effect.worker for one in self._held) or not self.forward(effect.worker, frames):
+            if len(self._held) >= MAX_HELD:
+                self._lose(effect.worker, "it does not take its steps")
+                return
+            self._held.append(_Held(effect.worker, frames, self.clock() + self._patience_s))
+
+    def _lose(self, worker: WorkerId, reason: str) -> None:
+        self._forget(worker)
+        self.run(WorkerGone(worker=worker, reason=reason))
+
+    def _forget(self, worker: WorkerId) -> None:
+        self._held = deque(one for one in self._held if one.worker != worker)

@@ -1,0 +1,214 @@
+"""The coordinator's life: open state and model, listen, serve until told to stop, say goodbye, close everything.
+
+Knows nothing of single messages (`coordinator.switchboard`) or decisions (`coordinator.state`).
+
+    receive -> switchboard -> events -> core -> effects -> actor -> send
+    tick ----------------------^
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import psutil
+
+from coordinator.actor import Actor
+from coordinator.addresses import advertised, reachable_here
+from coordinator.client_side import ClientSide
+from coordinator.config import CoordinatorConfig, with_port
+from coordinator.desk import Desk
+from coordinator.events import Stopping, Tick
+from coordinator.exchange import Exchange
+from coordinator.invitations import Invitations
+from coordinator.startup import Home, Model, Progress, open_model, told_progress
+from coordinator.state import ClusterState
+from coordinator.status import RimCounts, render_status
+from coordinator.switchboard import Switchboard
+from coordinator.tile_service import TileService
+from coordinator.worker_side import WorkerSide
+from protocol.errors import Cancelled, Overloaded
+from protocol.messages import VERSION, Welcome
+from protocol.version import SOFTWARE
+
+TICK_S: Final = 0.1
+MESSAGES_A_TURN: Final = 64  # after so many without a pause, let timers and tile reads have their turn
+PROMPT_THREADS: Final = 2
+
+_log = logging.getLogger(__name__)
+
+
+class Ready(NamedTuple):
+    """Where a coordinator listens. `client_link` holds a secret."""
+
+    addresses: tuple[str, ...]
+    client_link: str
+    cluster: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Callbacks:
+    """How the coordinator tells who started it. All are called in the event loop, but `on_progress` in a thread.
+
+    `on_join_link` gets the first join link, and a new one whenever the last was spent or has expired.
+    """
+
+    on_progress: Progress | None = None
+    on_ready: Callable[[Ready], None] = lambda ready: None
+    on_join_link: Callable[[str], None] = lambda link: None
+
+
+async def serve(config: CoordinatorConfig, stop: asyncio.Event, callbacks: Callbacks | None = None) -> None:
+    """Run a coordinator until `stop` is set; then every client and worker is told, and everything closed.
+
+    Raises what opening state, model and socket raise (ConfigInvalid, CheckpointInvalid, ModelUnsupported, StorageFull,
+    PlanImpossible), and Cancelled when it is stopped before it listens.
+    """
+    callbacks = callbacks or Callbacks()
+    with ExitStack() as opened:
+        home = Home.open(config, time.time())
+        opened.callback(home.close)
+        model = await _open_model(config, stop, callbacks.on_progress)
+        tiles = TileService(model.catalogue)
+        opened.callback(tiles.close)
+        prompt_pool = ThreadPoolExecutor(PROMPT_THREADS, "prompt")
+        opened.callback(prompt_pool.shutdown, cancel_futures=True)
+        state = ClusterState(model.spec, config.policy(), term=home.term)
+        exchange = Exchange(with_port(config.host, config.port), home.server_keys, home.book.knows)
+        opened.callback(exchange.close)
+        daemon = Daemon(config=config, home=home, model=model, exchange=exchange, state=state, callbacks=callbacks)
+        daemon.connect(tiles, prompt_pool)
+        await daemon.run(stop)
+
+
+async def _open_model(config: CoordinatorConfig, stop: asyncio.Event, on_progress: Progress | None) -> Model:
+    """Open the model in a thread; `stop` ends it at the next tile that is hashed."""
+    tell = told_progress(on_progress)
+
+    def progress(done: int, total: int) -> None:
+        if stop.is_set():
+            raise Cancelled("stopped while the model was being read", phase="start")
+        tell(done, total)
+
+    with ThreadPoolExecutor(1, "open-model") as pool:
+        return await asyncio.get_running_loop().run_in_executor(pool, open_model, config, progress)
+
+
+class Daemon:
+    """A coordinator that has opened everything: wires the parts, and runs the loops."""
+
+    def __init__(
+        self, *, config: CoordinatorConfig, home: Home, model: Model, exchange: Exchange, state: ClusterState,
+        callbacks: Callbacks,
+    ) -> None:  # fmt: skip
+        self._config = config
+        self._home = home
+        self._model = model
+        self._exchange = exchange
+        self._callbacks = callbacks
+        self._tasks: set[asyncio.Task[None]] = set()
+        interfaces = psutil.net_if_addrs()
+        self._addresses = advertised(config.host, exchange.port, config.advertise, interfaces)
+        self._invitations = Invitations(
+            home.journal, home.book, server_key=home.server_keys.public, addresses=self._addresses,
+            good_for_s=config.invite_hours * 3600,
+        )  # fmt: skip
+        desk = Desk(model.codec, eos=model.eos, client_silence_s=config.client_silence_s)
+        self._actor = Actor(
+            state=state, desk=desk, exchange=exchange, entries=model.catalogue.entries, clock=time.monotonic,
+            patience_s=config.lease_s,
+        )  # fmt: skip
+        self._group: asyncio.TaskGroup | None = None
+
+    def connect(self, tiles: TileService, prompt_pool: ThreadPoolExecutor) -> None:
+        """Wire the sides of workers and clients."""
+        welcome = Welcome(
+            version=VERSION, software=SOFTWARE, cluster=self._home.cluster, term=self._home.term,
+            heartbeat_s=self._config.heartbeat_s, lease_s=self._config.lease_s,
+        )  # fmt: skip
+        actor = self._actor
+        self._workers = WorkerSide(actor, tiles, self._invitations, welcome, self._spawn)
+        clients = ClientSide(
+            actor=actor, codec=self._model.codec, prompt_pool=prompt_pool, status=self._status, invite=self._invite,
+            spawn=self._spawn,
+        )  # fmt: skip
+        self._switchboard = Switchboard(
+            book=self._home.book, actor=actor, workers=self._workers, clients=clients, welcome=welcome,
+            unix_time=time.time,
+        )  # fmt: skip
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Tell that we are ready, serve until `stop`, say goodbye."""
+        here = reachable_here(self._config.host, self._exchange.port, self._addresses)
+        self._home.tell_ready(here)
+        _log.info("cluster %s listens on %s", self._home.cluster, ", ".join(self._addresses))
+        self._callbacks.on_ready(Ready(self._addresses, self._home.client_link(here).format(), self._home.cluster))
+        self._tell_join_link()
+        try:
+            async with asyncio.TaskGroup() as self._group:
+                self._spawn(self._receive())
+                self._spawn(self._tick())
+                await stop.wait()  # for ever: this is the life of the process
+                for task in self._tasks:
+                    task.cancel()
+        except ExceptionGroup as errors:  # one bug is enough to end; the first is the one to tell
+            _log.critical("the coordinator ends because of a bug", exc_info=errors)
+            raise errors.exceptions[0] from errors
+        finally:
+            self._group = None
+            self._say_goodbye()
+
+    async def _receive(self) -> None:
+        num_taken = 0
+        while True:
+            self._switchboard.take(await self._exchange.receive())
+            num_taken += 1
+            if num_taken % MESSAGES_A_TURN == 0:
+                await asyncio.sleep(0)  # messages that lie ready are received without giving way
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            actor = self._actor
+            actor.run(Tick())
+            actor.retry_held()
+            actor.act(actor.desk.tick(actor.clock(), actor.state.session_phase))
+            self._tell_join_link()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        if self._group is None:
+            work.close()
+            return
+        task = self._group.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _tell_join_link(self) -> None:
+        link = self._invitations.renew_standing(time.time())
+        if link is not None:
+            self._callbacks.on_join_link(link)
+
+    def _invite(self, trusted: bool) -> str:
+        return self._invitations.make(trusted=trusted, now=time.time())
+
+    def _status(self) -> bytes:
+        complaints, relay = self._switchboard.complaints, self._workers.counts
+        counts = RimCounts(
+            violations=complaints.violations, refusals=complaints.refusals, relayed=relay.relayed, dropped=relay.dropped
+        )
+        actor = self._actor
+        status = actor.state.status(actor.clock())
+        return render_status(status, cluster=self._home.cluster, spec=self._model.spec, counts=counts)
+
+    def _say_goodbye(self) -> None:
+        stopping = Stopping()
+        self._actor.run(stopping)
+        error = Overloaded(stopping.reason, remedy="ask again when it is back", phase="stop")
+        self._actor.act(self._actor.desk.close(error))
+        _log.info("stopped")
