@@ -21,6 +21,7 @@ from jinja2 import nodes
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
+from markupsafe import soft_str
 
 from protocol.errors import CheckpointInvalid, RequestInvalid
 
@@ -172,8 +173,24 @@ def _check_join(separator: str, values: Sequence[Any]) -> None:
         _too_large()
 
 
+def _printable(value: Any) -> Any:
+    """Return `value` unless its text would be large: ten nested `[x, x]` share one x but print it a thousand times."""
+    num_chars, stack = 0, [value]
+    while stack:
+        item = stack.pop()
+        num_chars += len(item) if isinstance(item, str) else 64  # more than it prints: bounds the walk as well
+        if num_chars > MAX_RENDERED_CHARS:
+            _too_large()
+        if isinstance(item, (list, tuple, set, frozenset)):
+            stack += item
+        elif isinstance(item, dict):
+            stack += item.keys()
+            stack += item.values()
+    return value
+
+
 def _bounded_concat(values: Sequence[Any]) -> str:
-    texts = [str(value) for value in values]
+    texts = [str(_printable(value)) for value in values]
     if sum(map(len, texts)) > MAX_RENDERED_CHARS:
         _too_large()
     return "".join(texts)
@@ -243,7 +260,10 @@ def _bounded_format(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 def _environment(now: Callable[[], datetime]) -> _BoundedEnvironment:
     environment = _BoundedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_printable,
+        extensions=[_GenerationTag, "jinja2.ext.loopcontrols"],
     )
     filters, names = environment.filters, environment.globals
     for name in _PADDING_FILTERS:
@@ -251,6 +271,7 @@ def _environment(now: Callable[[], datetime]) -> _BoundedEnvironment:
     filters["replace"] = _bounded_replace(filters["replace"])
     filters["join"] = _bounded_join(filters["join"])
     filters["format"] = _bounded_format(filters["format"])
+    filters["string"] = lambda value: soft_str(_printable(value))
     filters["tojson"] = _to_json
     filters["bounded_concat"] = _bounded_concat
     names["raise_exception"] = _raise_exception
