@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import msgpack
 
-from protocol.errors import FrameMalformed, FrameTooLarge, VersionMismatch
+from protocol.errors import FrameMalformed, FrameTooLarge, InvariantBroken, VersionMismatch
 from protocol.messages import MAX_HEADER_BYTES, MAX_MANIFEST_BYTES, OLDEST_VERSION, ROW_OF, TABLE, VERSION
 from protocol.schema import pack, unpack
 from protocol.tiles import TileEntry
@@ -42,8 +42,13 @@ class Received(NamedTuple):
 
 
 def encode(message: object, payload: Buffer | None = None) -> list[Buffer]:
-    """Return the frames of a message; the payload is not copied, so keep it unchanged until it is sent."""
-    row = ROW_OF[type(message)]
+    """Return the frames of a message; the payload is not copied, so keep it unchanged until it is sent.
+
+    Raises FrameTooLarge, or FrameMalformed for a payload where none belongs: bounds hold for our own frames too.
+    """
+    row = ROW_OF.get(type(message))
+    if row is None:
+        raise InvariantBroken(f"{type(message).__name__} is no message")
     header = msgpack.packb((row.code, *pack(message)))
     if len(header) > MAX_HEADER_BYTES:
         raise FrameTooLarge(f"{row.message.__name__}: header of {len(header)} bytes exceeds {MAX_HEADER_BYTES}")

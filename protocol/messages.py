@@ -82,6 +82,7 @@ Addresses = Annotated[tuple[Text, ...], Within(0, 16)]
 Version = Annotated[int, Within(1, 10_000)]
 StepId = Annotated[int, Within(0, 2**53)]
 Rows = Annotated[tuple[SessionRows, ...], Within(1, 1024)]
+Period = Annotated[float, Within(0.01, 3600.0)]
 TokenId = Annotated[int, Within(0, 2**31 - 1)]
 
 
@@ -207,10 +208,10 @@ class ErrorReport:
         """Put an error into wire form, cut to its bounds."""
         return ErrorReport(
             code=error.code,
-            text=error.message[:1000],
-            remedy=error.remedy[:1000],
-            node=(error.node or node)[:200],
-            phase=error.phase[:200],
+            text=_sendable(error.message, 1000),
+            remedy=_sendable(error.remedy, 1000),
+            node=_sendable(error.node or node, 200),
+            phase=_sendable(error.phase, 200),
             request=request,
             digest=digest,
         )
@@ -218,6 +219,11 @@ class ErrorReport:
     def error(self) -> ManyhandsError:
         """Rebuild the error."""
         return from_code(self.code, self.text, remedy=self.remedy, node=self.node, phase=self.phase)
+
+
+def _sendable(text: str, most: int) -> str:
+    """Cut a text, and replace what has no UTF-8: the odd bytes of a file's name arrive as lone surrogates."""
+    return text[:most].encode("utf-8", "replace").decode("utf-8")
 
 
 # ---------------------------------------------------------------- membership
@@ -278,8 +284,8 @@ class Welcome:
     software: Text
     cluster: Name
     term: Epoch
-    heartbeat_s: Seconds
-    lease_s: Seconds
+    heartbeat_s: Period
+    lease_s: Period
 
 
 @message(7, {W, H}, C, reply="HeartbeatReply")

@@ -288,9 +288,9 @@ def _enum(kind: type[enum.Enum]) -> Decode:
     by_value = {member.value: member for member in kind}
 
     def decode(value: Any) -> Any:
-        if type(value) is str and value in by_value:
+        if isinstance(value, str) and value in by_value:
             return by_value[value]
-        shown = f"{value:.40}" if type(value) is str else type(value).__name__
+        shown = value[:40] if isinstance(value, str) else type(value).__name__
         raise _Refused(f"{shown!r} is no {kind.__name__}")
 
     return decode

@@ -5,6 +5,7 @@ Knows nothing of files, devices or torch. Constructors prove their invariants an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -91,12 +92,16 @@ class RopeSpec:
     original_max_positions: Count = 0
 
     def __post_init__(self) -> None:
-        if not self.theta > 0 or not self.factor > 0:
-            raise ValueError(f"rope theta {self.theta} and factor {self.factor} must be positive")
+        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor"):
+            if not 0 < getattr(self, name) < math.inf:  # also refuses NaN
+                raise ValueError(f"rope {name} {getattr(self, name)} must be positive and finite")
         if self.kind is RopeKind.LLAMA3 and not (
             0 < self.low_freq_factor < self.high_freq_factor and self.original_max_positions > 0
         ):
             raise ValueError("llama3 rope needs 0 < low_freq_factor < high_freq_factor and original_max_positions")
+
+
+_SIZES = ["hidden", "layers", "heads", "kv_heads", "head_dim", "intermediate", "vocab", "max_positions", "ffn_tiles"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +135,9 @@ class ModelSpec:
     sliding_windows: tuple[Count, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in _SIZES:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
         if self.head_dim % 2:
@@ -138,8 +146,8 @@ class ModelSpec:
             raise ValueError(f"ffn_tiles {self.ffn_tiles} exceeds intermediate {self.intermediate}")
         if self.sliding_windows and len(self.sliding_windows) != self.layers:
             raise ValueError(f"sliding_windows has {len(self.sliding_windows)} entries for {self.layers} layers")
-        if not self.norm_eps > 0:
-            raise ValueError(f"norm_eps {self.norm_eps} must be positive")
+        if not 0 < self.norm_eps < math.inf:
+            raise ValueError(f"norm_eps {self.norm_eps} must be positive and finite")
 
     @property
     def queries_per_group(self) -> int:

@@ -100,6 +100,8 @@ class _Layout:
             self.add(name, "int8", rows, cols)
             self.add(f"{name}.scale", "float32", rows)
         elif weights is WeightFormat.INT4:
+            if cols % 2:
+                raise ValueError(f"int4 packs columns in pairs, {name} has {cols}")
             group = int4_group(cols)
             self.add(name, "uint8", rows, cols // 2)
             self.add(f"{name}.scale", "float32", rows, cols // group)

@@ -1,7 +1,7 @@
 """One sample of every message, used both ways by the tests of the wire.
 
-`PYTHONPATH=. python tests/protocol/wire_samples.py` adds the frames of messages that golden_frames.json does not have yet; it never
-changes one that stands there: an old peer still sends it.
+`PYTHONPATH=. python tests/protocol/wire_samples.py` adds the frames of messages that golden_frames.json does not have
+yet; it never changes one that stands there: an old peer still sends it.
 """
 
 from __future__ import annotations
