@@ -150,16 +150,18 @@ def _members(spec: ModelSpec, workers: Sequence[WorkerId], shares: StageShares) 
 def _automatic_stages(request: PlanRequest, candidates: Sequence[Candidate]) -> _Stages:
     spec = request.spec
     layer = _whole_layer_bytes(spec)
-    room = {
-        candidate.worker: _layers_in(request, candidate, is_head=candidate is candidates[0]) for candidate in candidates
-    }
+    head = candidates[0]
+    free = {one.worker: _free_bytes(request, one, is_head=one is head) for one in candidates}
+    room = {worker: min(spec.layers, max(0, left) // layer) for worker, left in free.items()}
+    if request.head_only:
+        room[head.worker] = 0
     # The largest rooms, should there be more workers than layers; `sorted` is stable, so the head wins ties.
     fitting = [worker for worker, layers in room.items() if layers]
     chosen = set(sorted(fitting, key=lambda worker: -room[worker])[: min(spec.layers, MAX_STAGES)])
     workers = [worker for worker in fitting if worker in chosen]
     held = sum(room[worker] for worker in workers)
     if held < spec.layers:
-        missing = bytes_text((spec.layers - held) * layer)
+        missing = bytes_text((spec.layers - held) * layer + max(0, -free[head.worker]))
         raise PlanImpossible(
             f"the {len(candidates)} workers' memory holds {held} of {spec.layers} layers; about {missing} are missing",
             remedy=WAYS_OUT,
@@ -180,14 +182,11 @@ def _whole_layer_bytes(spec: ModelSpec) -> int:
     return weights + spec.kv_bytes_per_token(spec.kv_heads, 1) * min_positions(spec)
 
 
-def _layers_in(request: PlanRequest, candidate: Candidate, *, is_head: bool) -> int:
-    """Return how many whole layers a worker's memory holds beside what it must hold anyway."""
-    if is_head and request.head_only:
-        return 0
+def _free_bytes(request: PlanRequest, candidate: Candidate, *, is_head: bool) -> int:
+    """Return what a worker's memory leaves for layers beside what it must hold anyway; negative when not even that."""
     spec = request.spec
     fixed = workspace_bytes(spec, ffn_tiles=spec.ffn_tiles, is_head=is_head, step=request.step)
-    fixed += head_bytes(spec) if is_head else 0
-    return min(spec.layers, max(0, candidate.budget_bytes - fixed) // _whole_layer_bytes(spec))
+    return candidate.budget_bytes - fixed - (head_bytes(spec) if is_head else 0)
 
 
 def _hub(members: tuple[Share, ...], reach: Reach) -> int:

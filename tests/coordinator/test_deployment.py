@@ -1,0 +1,302 @@
+"""The plan's life: forming, failing, pausing, and taking in newcomers."""
+
+from __future__ import annotations
+
+import pytest
+from core_cases import GB, faulted, joined, loaded, make_spec, progressed, reached, sent
+
+from coordinator.deployment import EPOCHS_PER_TERM, Deployment
+from coordinator.events import Effect, Phase, SendControl
+from coordinator.memory import StepBounds
+from coordinator.planner import PlanRequest
+from coordinator.policy import ClusterPolicy
+from coordinator.registry import Registry
+from coordinator.shares import parse_words
+from protocol.errors import DeadlineExceeded, PeerLost, PlanImpossible, StepFailed
+from protocol.ids import WorkerId
+from protocol.messages import LinkMode, Load, Probe, Unload
+
+
+class Stand:
+    """A deployment and its registry, driven by hand."""
+
+    def __init__(self, policy: ClusterPolicy, *, layers: int = 4, term: int = 1) -> None:
+        shares = None if policy.plan_words is None else parse_words(policy.plan_words)
+        request = PlanRequest(
+            spec=make_spec(layers=layers),
+            shares=shares,
+            head_only=policy.head_only,
+            step=StepBounds(rows=16, sampled=4),
+        )
+        self.registry = Registry(policy.lease_s)
+        self.core = Deployment(request, policy, self.registry, term=term)
+        self.now = 0.0
+        self.is_idle = True
+
+    def advance(self, seconds: float = 0.0) -> list[Effect]:
+        self.now += seconds
+        return self.core.advance(self.now, is_idle=self.is_idle)
+
+    def join(self, *names: str, budget_bytes: int = GB) -> list[Effect]:
+        effects: list[Effect] = []
+        for name in names:
+            self.registry.join(joined(name, budget_bytes=budget_bytes), self.now)
+            effects += self.advance()
+        return effects
+
+    def lose(self, name: str) -> list[Effect]:
+        self.registry.leave(WorkerId(name))
+        effects = self.core.lost(WorkerId(name), PeerLost(f"{name} is gone", node=name), self.now)
+        return effects + self.advance()
+
+    def answer_probe(self, *pairs: tuple[str, str]) -> list[Effect]:
+        """Every probed worker answers; `pairs` (from, to) are the links that work."""
+        effects: list[Effect] = []
+        for worker in list(self.core._unanswered):
+            event = reached(worker, self.core._probe, *(to for start, to in pairs if start == worker))
+            self.core.reached(event.worker, event.reached)
+            effects += self.advance()
+        return effects
+
+    def load_all(self) -> None:
+        for worker in list(self.core._loading):
+            event = loaded(worker, self.core.epoch)
+            self.core.loaded(event.worker, event.loaded)
+
+    def fault(self, name: str, *, lost: str = "", epoch: int | None = None) -> list[Effect]:
+        event = faulted(name, self.core.epoch if epoch is None else epoch, lost=lost)
+        return self.core.faulted(event.worker, event.fault, self.now)
+
+    def make_ready(self, *names: str) -> Stand:
+        self.join(*names)
+        self.answer_probe()
+        self.load_all()
+        assert self.core.phase is Phase.READY
+        return self
+
+
+PAIR = ClusterPolicy(plan_words="1/1")
+
+
+def test_an_explicit_plan_waits_for_all_its_workers() -> None:
+    stand = Stand(PAIR)
+    assert stand.advance() == []
+    assert "trusted worker" in stand.core.detail
+    assert stand.join("b") == []
+    assert stand.core.phase is Phase.WAITING
+    probes = sent(Probe, stand.join("head"))
+    assert {worker: [peer.worker for peer in probe.peers] for worker, probe in probes.items()} == {
+        "head": ["b"],
+        "b": ["head"],
+    }
+
+
+def test_missing_workers_are_told_with_numbers() -> None:
+    stand = Stand(ClusterPolicy(plan_words="1/1/1"))
+    stand.join("head", "b")
+    assert stand.core.detail == "waiting for 1 of 3 workers; here: head, b"
+
+
+def test_from_probe_to_ready() -> None:
+    stand = Stand(PAIR)
+    stand.join("head", "b")
+    effects = stand.answer_probe(("b", "head"))
+    assert stand.core.phase is Phase.LOADING
+    loads = sent(Load, effects)
+    assert [order.mode for order in loads["b"].links] == [LinkMode.DIAL]
+    assert [order.mode for order in loads["head"].links] == [LinkMode.LISTEN]
+    assert all(control.wants_manifest for control in effects if isinstance(control, SendControl))
+    assert stand.core.epoch == EPOCHS_PER_TERM + 1 == loads["b"].plan.epoch
+    assert stand.core.ready_plan is None
+    stand.load_all()
+    assert stand.core.ready_plan is loads["b"].plan
+    assert stand.core.kv_room.positions > 0
+
+
+def test_a_lone_worker_needs_no_probe() -> None:
+    stand = Stand(ClusterPolicy())
+    assert set(sent(Load, stand.join("head"))) == {"head"}
+
+
+def test_who_does_not_answer_the_probe_is_relayed() -> None:
+    stand = Stand(PAIR)
+    stand.join("head", "b")
+    event = reached("b", stand.core._probe)
+    stand.core.reached(event.worker, event.reached)
+    assert stand.advance(2.9) == []
+    loads = sent(Load, stand.advance(0.1))
+    assert {order.mode for load in loads.values() for order in load.links} == {LinkMode.RELAY}
+    assert stand.core.link_mode(WorkerId("b"), WorkerId("head")) is LinkMode.RELAY
+    assert stand.core.link_mode(WorkerId("b"), WorkerId("x")) is None
+
+
+def test_an_answer_to_an_older_probe_is_ignored() -> None:
+    stand = Stand(PAIR)
+    stand.join("head", "b")
+    event = reached("b", stand.core._probe - 1, "head")
+    stand.core.reached(event.worker, event.reached)
+    assert stand.core._unanswered == {"head", "b"}
+
+
+def test_losing_a_worker_while_probing_starts_over_without_a_pause() -> None:
+    stand = Stand(ClusterPolicy(workers=3))
+    stand.join("head", "b", "c")
+    assert stand.lose("b") == []
+    assert stand.core.phase is Phase.WAITING
+    assert set(sent(Probe, stand.join("d"))) == {"head", "c", "d"}
+
+
+@pytest.mark.parametrize("stale", [0, EPOCHS_PER_TERM, EPOCHS_PER_TERM + 9])
+def test_messages_of_another_epoch_change_nothing(stale: int) -> None:
+    stand = Stand(PAIR)
+    stand.join("head", "b")
+    stand.answer_probe()
+    for name in ("head", "b"):
+        event = loaded(name, stale)
+        stand.core.loaded(event.worker, event.loaded)
+    assert stand.fault("b", epoch=stale) == []
+    assert stand.core.phase is Phase.LOADING
+
+
+# ---------------------------------------------------------------- failures
+
+
+def test_a_fault_unloads_all_and_pauses_twice_as_long_each_time() -> None:
+    stand = Stand(PAIR).make_ready("head", "b")
+    for pause_s in (1, 2, 4, 8, 16, 30, 30):
+        epoch = stand.core.epoch
+        effects = stand.fault("b")
+        assert {worker: unload.epoch for worker, unload in sent(Unload, effects).items()} == {
+            "head": epoch,
+            "b": epoch,
+        }
+        assert isinstance(stand.core.error, StepFailed)
+        assert stand.core.error.node == "b"
+        assert f"pausing {pause_s} s" in stand.core.detail
+        assert stand.advance(pause_s - 0.1) == []
+        assert sent(Probe, stand.advance(0.1))
+        stand.answer_probe()
+        stand.load_all()
+        assert stand.core.epoch == epoch + 1
+
+
+def test_a_step_that_succeeds_ends_the_long_pauses() -> None:
+    stand = Stand(PAIR).make_ready("head", "b")
+    for _ in range(3):
+        stand.fault("b")
+        stand.advance(30.0)
+        stand.answer_probe()
+        stand.load_all()
+    stand.core.succeeded()
+    stand.fault("b")
+    assert "pausing 1 s" in stand.core.detail
+
+
+def test_a_broken_link_names_the_neighbour() -> None:
+    stand = Stand(PAIR).make_ready("head", "b")
+    stand.fault("head", lost="b")
+    assert isinstance(stand.core.error, PeerLost)
+    assert stand.core.error.node == "b"
+
+
+def test_loading_fails_only_without_progress() -> None:
+    stand = Stand(PAIR)
+    stand.join("head", "b")
+    stand.answer_probe()
+    event = loaded("head", stand.core.epoch)
+    stand.core.loaded(event.worker, event.loaded)
+    for done_bytes in (100, 200):
+        progress = progressed("b", stand.core.epoch, done_bytes)
+        assert stand.advance(59.0) == []
+        stand.core.progressed(progress.worker, progress.progress, stand.now)
+    assert "200 bytes of 1.0 kB, waiting for b" in stand.core.progress_text()
+    repeated = progressed("b", stand.core.epoch, 200)
+    stand.advance(59.0)
+    stand.core.progressed(repeated.worker, repeated.progress, stand.now)
+    assert set(sent(Unload, stand.advance(1.0))) == {"head", "b"}
+    assert isinstance(stand.core.error, DeadlineExceeded)
+    assert stand.core.error.node == "b"
+
+
+def test_a_lost_worker_ends_a_ready_plan_and_an_explicit_one_waits_for_it() -> None:
+    stand = Stand(PAIR).make_ready("head", "b")
+    effects = stand.lose("b")
+    assert set(sent(Unload, effects)) == {"head"}
+    assert stand.core.ready_plan is None
+    assert stand.core.detail == "waiting for 1 of 2 workers; here: head"
+    assert set(sent(Probe, stand.join("b"))) == {"head", "b"}
+
+
+def test_a_newcomer_takes_the_seat_of_the_lost_one() -> None:
+    stand = Stand(ClusterPolicy(plan_words="1/1/1")).make_ready("head", "b", "c")
+    stand.join("spare")
+    effects = stand.lose("b")
+    assert set(sent(Probe, effects)) == {"head", "spare", "c"}
+    stand.answer_probe()
+    plan = stand.core.plan
+    assert plan is not None
+    assert [stage.hub_worker for stage in plan.stages] == ["head", "spare", "c"]
+
+
+def test_a_spare_that_leaves_disturbs_nobody() -> None:
+    stand = Stand(PAIR).make_ready("head", "b")
+    stand.join("spare")
+    assert stand.lose("spare") == []
+    assert stand.core.phase is Phase.READY
+
+
+# ---------------------------------------------------------------- automatic
+
+
+def test_an_automatic_plan_goes_on_over_who_is_left() -> None:
+    stand = Stand(ClusterPolicy(workers=3)).make_ready("head", "b", "c")
+    assert set(sent(Probe, stand.lose("c"))) == {"head", "b"}
+    stand.answer_probe()
+    stand.load_all()
+    assert set(sent(Load, stand.lose("b"))) == {"head"}
+    stand.load_all()
+    stand.lose("head")
+    assert "trusted worker" in stand.core.detail
+
+
+def test_newcomers_enter_when_no_session_runs() -> None:
+    stand = Stand(ClusterPolicy()).make_ready("head")
+    stand.is_idle = False
+    assert stand.join("b") == []
+    stand.is_idle = True
+    effects = stand.advance()
+    assert set(sent(Unload, effects)) == {"head"}
+    assert set(sent(Probe, effects)) == {"head", "b"}
+
+
+def test_a_newcomer_that_can_not_help_changes_nothing() -> None:
+    stand = Stand(ClusterPolicy()).make_ready("head")
+    assert stand.join("tiny", budget_bytes=10) == []
+    assert stand.advance(1.0) == []
+    assert stand.core.phase is Phase.READY
+
+
+def test_an_impossible_plan_is_told_and_tried_again_with_new_members() -> None:
+    stand = Stand(ClusterPolicy())
+    stand.join("head", budget_bytes=10)
+    assert isinstance(stand.core.error, PlanImpossible)
+    assert "are missing" in stand.core.detail
+    assert stand.advance(100.0) == []
+    stand.registry.leave(WorkerId("head"))
+    assert sent(Load, stand.join("head"))
+
+
+def test_stopping_unloads_and_never_forms_again() -> None:
+    stand = Stand(PAIR).make_ready("head", "b")
+    assert set(sent(Unload, stand.core.stop())) == {"head", "b"}
+    assert stand.join("c") == []
+    assert stand.core.detail == "stopping"
+
+
+def test_a_later_term_has_greater_epochs() -> None:
+    early, late = Stand(ClusterPolicy(), term=3).make_ready("head"), Stand(ClusterPolicy(), term=4).make_ready("head")
+    for _ in range(10):
+        early.fault("head")
+        early.advance(30.0)
+        early.load_all()
+    assert late.core.epoch > early.core.epoch

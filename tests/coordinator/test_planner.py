@@ -1,0 +1,364 @@
+"""Plans: words, shares, memory, hubs and links."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import pytest
+from core_cases import GB, make_spec
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coordinator.links import decide_links, probe_targets
+from coordinator.memory import StepBounds, bytes_text, kv_room, need_of
+from coordinator.planner import Candidate, PlanRequest, make_plan, seat_workers
+from coordinator.shares import deal, deal_stage, format_words, parse_words
+from protocol.errors import BudgetTooSmall, PlanImpossible
+from protocol.ids import WorkerId
+from protocol.messages import LinkMode, Peer
+from protocol.plans import Plan
+from protocol.specs import ModelSpec
+from protocol.tiles import all_tiles
+
+STEP = StepBounds(rows=272, sampled=16)
+
+
+def request(spec: ModelSpec, words: str | None, *, head_only: bool = False) -> PlanRequest:
+    shares = None if words is None else parse_words(words)
+    return PlanRequest(spec=spec, shares=shares, head_only=head_only, step=STEP)
+
+
+def candidates(*budgets: int) -> list[Candidate]:
+    return [Candidate(worker=WorkerId(f"w{i}"), budget_bytes=budget) for i, budget in enumerate(budgets)]
+
+
+def layers_of(plan: Plan) -> list[int]:
+    return [len(stage.layers) for stage in plan.stages]
+
+
+# ---------------------------------------------------------------- words
+
+
+@pytest.mark.parametrize(
+    ("words", "shares"),
+    [
+        ("1", ((1,),)),
+        ("1,1/2,1", ((1, 1), (2, 1))),
+        (" 3 , 1 / 2 ", ((3, 1), (2,))),
+        ("1000000", ((1_000_000,),)),
+    ],
+)
+def test_words_are_read(words: str, shares: tuple[tuple[int, ...], ...]) -> None:
+    assert parse_words(words) == shares
+    assert parse_words(format_words(shares)) == shares
+
+
+@pytest.mark.parametrize(
+    ("words", "spot"),
+    [
+        ("", "stage 1, member 1"),
+        ("1,", "stage 1, member 2"),
+        ("1//1", "stage 2, member 1"),
+        ("1,0/1", "stage 1, member 2"),
+        ("1/1,-2", "stage 2, member 2"),
+        ("1.5", "stage 1, member 1"),
+        ("01", "stage 1, member 1"),
+        ("1_0", "stage 1, member 1"),
+        ("１", "stage 1, member 1"),
+        ("1000001", "stage 1, member 1"),
+        ("one", "stage 1, member 1"),
+        ("1," * 40 + "1", "81 characters"),
+    ],
+)
+def test_wrong_words_name_the_spot(words: str, spot: str) -> None:
+    with pytest.raises(PlanImpossible, match=spot):
+        parse_words(words)
+
+
+@given(st.text(alphabet="0123456789,/ -x", max_size=70))
+def test_any_text_is_shares_or_impossible(words: str) -> None:
+    try:
+        shares = parse_words(words)
+    except PlanImpossible:
+        return
+    assert all(share > 0 for stage in shares for share in stage)
+
+
+# ---------------------------------------------------------------- dealing
+
+
+@pytest.mark.parametrize(
+    ("items", "weights", "least", "counts"),
+    [
+        (4, [1, 1], [0, 0], (2, 2)),
+        (5, [1, 1], [0, 0], (3, 2)),
+        (8, [2, 1], [0, 0], (5, 3)),
+        (2, [1, 7], [0, 0], (0, 2)),
+        (4, [1, 100], [1, 1], (1, 3)),
+        (3, [1, 1, 100], [1, 1, 1], (1, 1, 1)),
+        (7, [3, 2, 2], [0, 0, 0], (3, 2, 2)),
+    ],
+)
+def test_dealing(items: int, weights: list[int], least: list[int], counts: tuple[int, ...]) -> None:
+    assert deal(items, weights, least) == counts
+
+
+WEIGHTS = st.lists(st.integers(1, 1000), min_size=1, max_size=12)
+
+
+@given(WEIGHTS, st.integers(0, 200), st.booleans())
+def test_dealing_is_complete_monotone_and_close(weights: list[int], items: int, at_least_one: bool) -> None:
+    least = [int(at_least_one)] * len(weights)
+    if items < sum(least):
+        with pytest.raises(ValueError):
+            deal(items, weights, least)
+        return
+    counts = deal(items, weights, least)
+    assert sum(counts) == items
+    assert all(count >= needed for count, needed in zip(counts, least, strict=True))
+    for (one, one_weight), (other, other_weight) in itertools.permutations(zip(counts, weights, strict=True), 2):
+        assert one >= other or one_weight <= other_weight
+    if not at_least_one:
+        exact = [items * weight / sum(weights) for weight in weights]
+        assert all(abs(count - quota) < 1 for count, quota in zip(counts, exact, strict=True))
+
+
+@given(WEIGHTS, st.integers(1, 12), st.integers(1, 12))
+def test_a_stage_leaves_nobody_without_tiles(weights: list[int], groups: int, ffn: int) -> None:
+    if len(weights) > groups + ffn:
+        with pytest.raises(PlanImpossible, match=f"{len(weights)} members"):
+            deal_stage(tuple(weights), groups, ffn)
+        return
+    dealt = deal_stage(tuple(weights), groups, ffn)
+    assert sum(held for held, _ in dealt) == groups
+    assert sum(held for _, held in dealt) == ffn
+    assert all(held_groups or held_ffn for held_groups, held_ffn in dealt)
+
+
+# ---------------------------------------------------------------- explicit plans
+
+
+def test_shares_cut_layers_then_tiles() -> None:
+    plan = make_plan(request(make_spec(layers=6), "1,1/3,1"), candidates(GB, GB, GB, GB), epoch=7)
+    assert layers_of(plan) == [2, 4]
+    assert [[(len(s.groups), len(s.ffn)) for s in stage.members] for stage in plan.stages] == [
+        [(1, 4), (1, 4)],
+        [(2, 6), (0, 2)],
+    ]
+    assert (plan.epoch, plan.head, plan.words) == (7, "w0", "1,1/3,1")
+
+
+def test_a_head_alone_holds_no_layers() -> None:
+    spec = make_spec()
+    plan = make_plan(request(spec, "1/1", head_only=True), candidates(GB, GB, GB), epoch=1)
+    assert plan.stage_of(WorkerId("w0")) is None
+    assert need_of(plan, WorkerId("w0"), STEP).kv_bytes_per_position == 0
+    assert [stage.hub_worker for stage in plan.stages] == ["w1", "w2"]
+
+
+@pytest.mark.parametrize(
+    ("words", "head_only", "workers", "message"),
+    [
+        ("1/1", False, 1, "2 shares, but there are 1 workers"),
+        ("1/1", True, 2, "1 workers beside the head"),
+        ("1/1/1/1/1", False, 5, "5 stages, the model has 4 layers"),
+        (",".join("1" * 11), False, 11, "11 members can't share 2 KV-head groups and 8 FFN tiles"),
+    ],
+)
+def test_impossible_plans_say_the_numbers(words: str, head_only: bool, workers: int, message: str) -> None:
+    with pytest.raises(PlanImpossible, match=message) as caught:
+        make_plan(request(make_spec(), words, head_only=head_only), candidates(*[GB] * workers), epoch=1)
+    assert caught.value.remedy
+
+
+def test_nobody_here_is_impossible() -> None:
+    with pytest.raises(PlanImpossible, match="no worker"):
+        make_plan(request(make_spec(), None), [], epoch=1)
+
+
+def test_an_explicit_plan_beyond_a_budget_names_the_worker() -> None:
+    spec = make_spec(layers=40)
+    with pytest.raises(BudgetTooSmall, match=r"w1 needs .* of weights.*budget is 3.0 MB") as caught:
+        make_plan(request(spec, "1/1"), candidates(GB, 3_000_000), epoch=1)
+    assert caught.value.node == "w1"
+
+
+@st.composite
+def explicit_cases(draw: st.DrawFn) -> tuple[ModelSpec, str, int]:
+    spec = make_spec(
+        layers=draw(st.integers(1, 12)), kv_heads=draw(st.integers(1, 6)), ffn_tiles=draw(st.integers(1, 10))
+    )
+    stages = draw(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=5), min_size=1, max_size=4))
+    return spec, format_words([tuple(stage) for stage in stages]), draw(st.integers(1, 20))
+
+
+@given(explicit_cases())
+@settings(max_examples=150, deadline=None)
+def test_any_words_give_a_whole_plan_or_none(case: tuple[ModelSpec, str, int]) -> None:
+    spec, words, workers = case
+    try:
+        plan = make_plan(request(spec, words), candidates(*[GB] * workers), epoch=1)
+    except PlanImpossible:
+        return
+    held = [tile for worker in plan.workers for tile in plan.tiles_of(worker)]
+    assert set(held) == set(all_tiles(spec))
+    for stage, shares in zip(plan.stages, parse_words(words), strict=True):
+        for (one, weight), (other, other_weight) in itertools.permutations(zip(stage.members, shares, strict=True), 2):
+            if weight > other_weight and len(shares) <= spec.ffn_tiles:
+                assert len(one.groups) >= len(other.groups)
+                assert len(one.ffn) >= len(other.ffn)
+
+
+# ---------------------------------------------------------------- automatic plans
+
+
+def need_of_layers(spec: ModelSpec, layers: int, *, is_head: bool = False) -> int:
+    """The budget that just holds so many layers, found by asking for a plan of one worker."""
+    one = make_spec(layers=layers)
+    plan = make_plan(request(one, None), candidates(GB), epoch=1)
+    head = need_of(plan, WorkerId("w0"), STEP)
+    return head.total_bytes if is_head else head.total_bytes - _head_extra(spec)
+
+
+def _head_extra(spec: ModelSpec) -> int:
+    plan = make_plan(request(spec, "1", head_only=True), candidates(GB, GB), epoch=1)
+    alone, worker = need_of(plan, WorkerId("w0"), STEP), need_of(plan, WorkerId("w1"), STEP)
+    ffn = 4 * STEP.rows * 3 * spec.intermediate
+    return alone.total_bytes - (worker.workspace_bytes - ffn)
+
+
+def test_one_worker_takes_it_all() -> None:
+    plan = make_plan(request(make_spec(), None), candidates(GB), epoch=1)
+    assert layers_of(plan) == [4]
+    assert plan.words == "auto"
+
+
+def test_automatic_layers_follow_memory() -> None:
+    spec = make_spec(layers=12)
+    head, small = need_of_layers(spec, 6, is_head=True), need_of_layers(spec, 3)
+    assert layers_of(make_plan(request(spec, None), candidates(head, small, small), epoch=1)) == [6, 3, 3]
+
+
+def test_a_worker_without_room_for_a_layer_is_left_out() -> None:
+    plan = make_plan(request(make_spec(), None), candidates(GB, 1000, GB), epoch=1)
+    assert plan.workers == ("w0", "w2")
+
+
+def test_a_small_head_may_hold_no_layers() -> None:
+    spec = make_spec()
+    head = need_of_layers(spec, 1, is_head=True) - 1
+    plan = make_plan(request(spec, None), candidates(head, GB), epoch=1)
+    assert plan.head == "w0"
+    assert plan.stage_of(WorkerId("w0")) is None
+
+
+def test_no_more_stages_than_layers_and_the_largest_win() -> None:
+    spec = make_spec(layers=2)
+    plan = make_plan(request(spec, None), candidates(GB, need_of_layers(spec, 1), GB, GB), epoch=1)
+    assert plan.workers == ("w0", "w2")
+
+
+def test_too_little_memory_says_what_is_missing() -> None:
+    spec = make_spec(layers=12)
+    budget = need_of_layers(spec, 5)
+    with pytest.raises(PlanImpossible, match=r"holds 10 of 12 layers; about \S+ kB are missing") as caught:
+        make_plan(request(spec, None, head_only=True), candidates(GB, budget, budget), epoch=1)
+    assert all(way in caught.value.remedy for way in ("--memory", "more workers", "--dtype"))
+
+
+def test_a_head_that_can_not_hold_its_own_tiles_is_named() -> None:
+    with pytest.raises(BudgetTooSmall) as caught:
+        make_plan(request(make_spec(), None), candidates(1000, GB), epoch=1)
+    assert caught.value.node == "w0"
+
+
+@given(
+    st.integers(1, 20),
+    st.lists(st.integers(0, 30_000_000), min_size=1, max_size=8),
+    st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_automatic_plans_keep_every_budget(layers: int, budgets: Sequence[int], head_only: bool) -> None:
+    spec = make_spec(layers=layers)
+    offered = candidates(*budgets)
+    try:
+        plan = make_plan(request(spec, None, head_only=head_only), offered, epoch=1)
+    except (PlanImpossible, BudgetTooSmall):
+        return
+    by_worker = {candidate.worker: candidate.budget_bytes for candidate in offered}
+    assert all(need_of(plan, worker, STEP).total_bytes <= by_worker[worker] for worker in plan.workers)
+    assert kv_room(plan, by_worker, STEP).positions >= spec.max_positions
+
+
+# ---------------------------------------------------------------- seats, hubs, links
+
+
+@pytest.mark.parametrize(
+    ("others", "seats", "order"),
+    [
+        ("abc", "", "habc"),
+        ("abc", "hcab", "hcab"),
+        ("acd", "habc", "hadc"),  # d takes the seat of b
+        ("ac", "habc", "hac"),
+        ("abcd", "hab", "habcd"),
+        ("abx", "gahb", "haxb"),  # another head: its old seat is free
+    ],
+)
+def test_who_stays_keeps_the_seat(others: str, seats: str, order: str) -> None:
+    names = [WorkerId(name) for name in others]
+    assert "".join(seat_workers(WorkerId("h"), names, [WorkerId(name) for name in seats])) == order
+
+
+def reach(*pairs: str) -> frozenset[tuple[WorkerId, WorkerId]]:
+    return frozenset((WorkerId(f"w{pair[0]}"), WorkerId(f"w{pair[1]}")) for pair in pairs)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "hub"),
+    [((), 0), (("01", "12", "21", "10"), 1), (("20", "12"), 2), (("01", "02", "12"), 0)],
+)
+def test_the_hub_has_most_direct_links(pairs: tuple[str, ...], hub: int) -> None:
+    plan = make_plan(request(make_spec(), "1,1,1"), candidates(GB, GB, GB), epoch=1, reach=reach(*pairs))
+    assert plan.stages[0].hub == hub
+
+
+def peers(plan: Plan) -> dict[WorkerId, Peer]:
+    return {worker: Peer(worker=worker, public_key=b"k" * 40, addresses=()) for worker in plan.workers}
+
+
+@pytest.mark.parametrize(
+    ("pairs", "hub_mode", "other_mode"),
+    [
+        (("10",), LinkMode.LISTEN, LinkMode.DIAL),
+        (("01",), LinkMode.DIAL, LinkMode.LISTEN),
+        (("01", "10"), LinkMode.LISTEN, LinkMode.DIAL),
+        ((), LinkMode.RELAY, LinkMode.RELAY),
+    ],
+)
+def test_who_dials_whom(pairs: tuple[str, ...], hub_mode: LinkMode, other_mode: LinkMode) -> None:
+    plan = make_plan(request(make_spec(), "1,1"), candidates(GB, GB), epoch=1)
+    orders = decide_links(plan, reach(*pairs), peers(plan))
+    assert [(order.peer.worker, order.mode) for order in orders[WorkerId("w0")]] == [("w1", hub_mode)]
+    assert [(order.peer.worker, order.mode) for order in orders[WorkerId("w1")]] == [("w0", other_mode)]
+
+
+def test_every_link_is_ordered_on_both_sides_and_was_probed() -> None:
+    plan = make_plan(request(make_spec(), "1,1/1,1", head_only=True), candidates(*[GB] * 5), epoch=1)
+    orders, targets = decide_links(plan, frozenset(), peers(plan)), probe_targets(plan)
+    for hub, other in plan.links():
+        assert other in [order.peer.worker for order in orders[hub]]
+        assert hub in [order.peer.worker for order in orders[other]]
+        assert other in targets[hub]
+        assert hub in targets[other]
+
+
+def test_a_worker_alone_has_nobody_to_probe() -> None:
+    assert probe_targets(make_plan(request(make_spec(), None), candidates(GB), epoch=1)) == {}
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"), [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (1_250_000_000, "1.3 GB")]
+)
+def test_bytes_for_people(num_bytes: int, text: str) -> None:
+    assert bytes_text(num_bytes) == text

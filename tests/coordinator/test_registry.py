@@ -1,0 +1,66 @@
+"""Members, their leases and their order."""
+
+from __future__ import annotations
+
+from core_cases import heartbeat, joined
+
+from coordinator.registry import Registry
+from protocol.ids import WorkerId
+
+A, B = WorkerId("a"), WorkerId("b")
+
+
+def test_order_is_that_of_first_joining_and_survives_a_return() -> None:
+    registry = Registry(3.0)
+    for name in ("a", "b", "c"):
+        registry.join(joined(name), 0.0)
+    registry.leave(A)
+    assert [member.worker for member in registry] == ["b", "c"]
+    registry.join(joined("a"), 1.0)
+    assert [member.worker for member in registry] == ["a", "b", "c"]
+
+
+def test_a_return_under_the_same_name_is_another_incarnation() -> None:
+    registry = Registry(3.0)
+    first = registry.join(joined("a"), 0.0)
+    second = registry.join(joined("a", budget_bytes=5), 1.0)
+    assert len(registry) == 1
+    assert registry.get(A) is second
+    assert first.incarnation < second.incarnation
+    assert second.peer.addresses == ("tcp://a:1",)
+
+
+def test_the_head_is_the_trusted_worker_that_came_first() -> None:
+    registry = Registry(3.0)
+    assert registry.head is None
+    for name in ("a", "head-1", "head-2"):
+        registry.join(joined(name), 0.0)
+    assert registry.head is registry.get(WorkerId("head-1"))
+
+
+def test_any_message_renews_the_lease_and_silence_ends_it() -> None:
+    registry = Registry(3.0)
+    registry.join(joined("a"), 0.0)
+    registry.join(joined("b"), 0.0)
+    registry.heard(A, None, 2.0)
+    assert [member.worker for member in registry.silent(2.9)] == []
+    assert [member.worker for member in registry.silent(3.0)] == ["b"]
+    registry.renew_all(4.0)
+    assert registry.silent(6.9) == []
+
+
+def test_a_stranger_is_not_heard() -> None:
+    registry = Registry(3.0)
+    assert registry.heard(A, None, 0.0) is None
+    assert registry.leave(A) is None
+    assert A not in registry
+
+
+def test_progress_is_noted_when_the_counter_moves() -> None:
+    registry = Registry(3.0)
+    member = registry.join(joined("a"), 0.0)
+    for now, progress, moved_at in ((1.0, 5, 1.0), (2.0, 5, 1.0), (3.0, 6, 3.0)):
+        registry.heard(A, heartbeat("a", progress=progress).heartbeat, now)
+        assert member.progress_at == moved_at
+    registry.heard(A, None, 4.0)
+    assert member.progress_at == 3.0

@@ -1,0 +1,354 @@
+"""Sessions: admission, batching, ends, memory, and what a lost plan does to them."""
+
+from __future__ import annotations
+
+from array import array
+
+import pytest
+from core_cases import GB, arrived, done, make_spec, of, sent, steps
+
+from coordinator.events import (
+    Effect,
+    RequestCancelled,
+    SendStep,
+    SessionEnded,
+    SessionFailed,
+    TokensCommitted,
+    token_ids,
+)
+from coordinator.memory import KvRoom, StepBounds
+from coordinator.planner import Candidate, PlanRequest, make_plan
+from coordinator.policy import ClusterPolicy
+from coordinator.sessions import Sessions
+from coordinator.shares import parse_words
+from protocol.errors import (
+    FrameMalformed,
+    InvariantBroken,
+    ManyhandsError,
+    Overloaded,
+    PeerLost,
+    PromptTooLong,
+    RequestInvalid,
+)
+from protocol.ids import SessionId, WorkerId
+from protocol.messages import FinishReason, Release, SampledToken, Step, StepDone, Usage
+from protocol.plans import Plan
+
+SPEC = make_spec(layers=4, max_positions=512, vocab=1000)
+
+
+def make_test_plan(words: str = "1/1", epoch: int = 1) -> Plan:
+    step = StepBounds(rows=16, sampled=4)
+    request = PlanRequest(spec=SPEC, shares=parse_words(words), head_only=False, step=step)
+    names = ("head", "b", "c", "d")[: request.num_workers]
+    return make_plan(request, [Candidate(worker=WorkerId(name), budget_bytes=GB) for name in names], epoch=epoch)
+
+
+def serving(
+    policy: ClusterPolicy | None = None, *, positions: int = 10_000, words: str = "1/1", epoch: int = 1
+) -> Sessions:
+    sessions = Sessions(SPEC, policy or ClusterPolicy(prefill_chunk=8))
+    sessions.serve(make_test_plan(words, epoch), KvRoom(positions, WorkerId("b")))
+    return sessions
+
+
+def error_of(effects: list[Effect]) -> ManyhandsError:
+    (failed,) = of(SessionFailed, effects)
+    return failed.error
+
+
+def begin(sessions: Sessions, *numbers: int, prompt: range = range(1, 4), max_tokens: int = 4) -> list[Effect]:
+    effects: list[Effect] = []
+    for number in numbers:
+        effects += sessions.arrive(arrived(number, prompt, max_tokens=max_tokens), 0.0)
+    return effects + sessions.schedule(0.0)
+
+
+def finish(sessions: Sessions, step: Step, *tokens: int, now: float = 1.0) -> list[Effect]:
+    return sessions.step_finished(done(step, *tokens), now) + sessions.schedule(now)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "kind", "message"),
+    [
+        ([], 1, RequestInvalid, "empty"),
+        ([1, 2, 1000], 1, RequestInvalid, "token 1000 at position 2 .* vocabulary of 1000"),
+        ([1, -1], 1, RequestInvalid, "token -1 at position 1"),
+        ([1], 0, RequestInvalid, "max_tokens 0"),
+        ([1] * 500, 13, PromptTooLong, "500 prompt tokens and max_tokens 13 exceed the context of 512"),
+    ],
+)
+def test_bad_requests_are_refused(prompt: list[int], max_tokens: int, kind: type[ManyhandsError], message: str) -> None:
+    sessions = serving()
+    error = error_of(sessions.arrive(arrived(1, prompt, max_tokens=max_tokens), 0.0))
+    assert type(error) is kind
+    with pytest.raises(kind, match=message):
+        raise error
+    assert sessions.counts.waiting == 0
+    assert sessions.totals.errors == 1
+
+
+def test_a_prompt_that_is_no_int32_list_is_refused() -> None:
+    event = arrived(1)
+    odd = type(event)(session=event.session, prompt=b"abcde", max_tokens=1, sampling=event.sampling)
+    assert isinstance(error_of(serving().arrive(odd, 0.0)), RequestInvalid)
+
+
+def test_the_whole_context_is_allowed() -> None:
+    assert steps(begin(serving(), 1, prompt=range(500), max_tokens=12))
+
+
+def test_a_session_number_is_used_once() -> None:
+    sessions = serving()
+    begin(sessions, 1)
+    with pytest.raises(InvariantBroken, match="session 1"):
+        sessions.arrive(arrived(1), 0.0)
+
+
+def test_the_queue_is_bounded() -> None:
+    sessions = Sessions(SPEC, ClusterPolicy(max_waiting=2))
+    assert begin(sessions, 1, 2) == []
+    assert isinstance(error_of(begin(sessions, 3)), Overloaded)
+    assert sessions.counts.waiting == 2
+
+
+def test_what_can_never_fit_is_refused_with_numbers() -> None:
+    error = error_of(begin(serving(positions=20), 1, prompt=range(18), max_tokens=3))
+    assert isinstance(error, PromptTooLong)
+    assert "need 21 positions, but memory is left for 20" in error.message
+    assert error.node == "b"
+
+
+def test_what_turns_out_never_to_fit_is_passed_over() -> None:
+    sessions = Sessions(SPEC, ClusterPolicy())
+    begin(sessions, 1, prompt=range(30))
+    begin(sessions, 2)
+    sessions.serve(make_test_plan(), KvRoom(20, WorkerId("b")))
+    effects = sessions.schedule(1.0)
+    assert isinstance(error_of(effects), PromptTooLong)
+    assert [part.session for part in steps(effects)[0].rows] == [2]
+
+
+# ---------------------------------------------------------------- one stream
+
+
+def test_a_prompt_goes_in_chunks_and_then_tokens_one_by_one() -> None:
+    sessions = serving(ClusterPolicy(prefill_chunk=8), words="1")
+    effects = begin(sessions, 7, prompt=range(20), max_tokens=3)
+    seen = []
+    for token in (0, 0, 50, 51):
+        (send,) = of(SendStep, effects)
+        (part,) = send.step.rows
+        assert token_ids(send.tokens).tolist() == ([*range(20), 50, 51])[part.start : part.start + part.count]
+        assert (part.session, part.capacity) == (7, 23)
+        seen.append((part.start, part.count, part.sample, bool(send.step.opens)))
+        effects = finish(sessions, send.step, *([token] if part.sample else []))
+    assert seen == [(0, 8, False, True), (8, 8, False, False), (16, 4, True, False), (20, 1, True, False)]
+    (send,) = of(SendStep, effects)
+    effects = finish(sessions, send.step, 52, now=5.0)
+    assert of(TokensCommitted, effects) == [TokensCommitted(session=SessionId(7), index=2, tokens=(52,))]
+    (ended,) = of(SessionEnded, effects)
+    assert (ended.reason, ended.usage) == (FinishReason.LENGTH, Usage(prompt_tokens=20, completion_tokens=3))
+    assert (ended.timings.queued_s, ended.timings.first_token_s, ended.timings.total_s) == (0.0, 1.0, 5.0)
+    assert sent(Release, effects) == {"head": Release(sessions=(SessionId(7),))}
+    assert sessions.is_idle
+
+
+def test_an_end_of_text_token_ends_the_stream_and_is_not_part_of_it() -> None:
+    sessions = serving()
+    sessions.arrive(arrived(1, stop_tokens=[99, 98]), 0.0)
+    (step,) = steps(sessions.schedule(0.0))
+    (step,) = steps(finish(sessions, step, 5))
+    effects = finish(sessions, step, 98)
+    assert of(TokensCommitted, effects) == []
+    (ended,) = of(SessionEnded, effects)
+    assert (ended.reason, ended.usage.completion_tokens) == (FinishReason.STOP, 1)
+    assert set(sent(Release, effects)) == {"head", "b"}
+
+
+def test_token_totals_are_counted() -> None:
+    sessions = serving()
+    (step,) = steps(begin(sessions, 1, max_tokens=1))
+    finish(sessions, step, 5)
+    totals = sessions.totals
+    assert (totals.requests, totals.prompt_tokens, totals.completion_tokens, totals.errors) == (1, 3, 1, 0)
+
+
+# ---------------------------------------------------------------- batches
+
+
+def test_all_decode_together_beside_one_chunk_of_one_prompt() -> None:
+    sessions = serving(ClusterPolicy(prefill_chunk=4), words="1")
+    (step,) = steps(begin(sessions, 1, 2, max_tokens=9))
+    (step,) = steps(finish(sessions, step, 11))  # 1 decodes, 2 reads its prompt
+    assert [(part.session, part.count) for part in step.rows] == [(1, 1), (2, 3)]
+    begin(sessions, 3, 4, prompt=range(9), max_tokens=9)
+    (step,) = steps(finish(sessions, step, 12, 21))
+    assert [(part.session, part.count) for part in step.rows] == [(1, 1), (2, 1), (3, 4)]
+    assert [new.session for new in step.opens] == [3]
+
+
+def test_every_stage_gets_a_step_and_no_session_two() -> None:
+    sessions = serving(words="1/1/1")
+    sent_steps = steps(begin(sessions, *range(7)))
+    while any(part.count > 1 for step in sent_steps for part in step.rows):
+        step = sent_steps.pop(0)
+        sent_steps += steps(finish(sessions, step, *[1] * len(step.rows)))
+    assert len(sent_steps) == 3
+    flying = [part.session for step in sent_steps for part in step.rows]
+    assert sorted(flying) == list(range(7))
+    assert max(len(step.rows) for step in sent_steps) <= 3
+
+
+def test_step_numbers_rise_over_epochs() -> None:
+    sessions = serving(words="1")
+    (first,) = steps(begin(sessions, 1))
+    sessions.interrupt(PeerLost("b is gone"), 1.0)
+    sessions.serve(make_test_plan(epoch=2), KvRoom(100, WorkerId("b")))
+    (second,) = steps(begin(sessions, 2))
+    assert second.step > first.step
+    assert (first.epoch, second.epoch) == (1, 2)
+
+
+def test_at_most_max_sessions_run() -> None:
+    sessions = serving(ClusterPolicy(max_sessions=2))
+    begin(sessions, 1, 2, 3)
+    assert (sessions.counts.running, sessions.counts.waiting) == (2, 1)
+    assert sessions.phase_of(SessionId(3)) == "queued behind 0 others, 2 running"
+    assert sessions.phase_of(SessionId(1)) == "reading the prompt: 0 of 3 tokens"
+    assert sessions.phase_of(SessionId(9)) == ""
+
+
+def test_memory_admits_in_order_and_is_given_back() -> None:
+    sessions = serving(positions=20, words="1")  # 7 positions each
+    (step,) = steps(begin(sessions, 1, 2, 3, max_tokens=4))
+    assert (sessions.counts.running, sessions.counts.waiting) == (2, 1)
+    while sessions.counts.waiting:
+        effects = finish(sessions, step, *[5] * sum(part.sample for part in step.rows))
+        (step,) = steps(effects)
+    kinds = [type(getattr(effect, "message", effect)) for effect in effects]
+    assert kinds.index(Release) < kinds.index(SendStep)
+
+
+# ---------------------------------------------------------------- hostile or late answers
+
+
+def test_late_and_repeated_answers_are_ignored() -> None:
+    sessions = serving()
+    (step,) = steps(begin(sessions, 1))
+    other = StepDone(epoch=9, step=step.step, tokens=done(step, 5).tokens, step_s=0.0)
+    assert sessions.step_finished(other, 1.0) == []
+    assert of(TokensCommitted, finish(sessions, step, 5))
+    assert sessions.step_finished(done(step, 6), 1.0) == []
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        (),
+        ((2, 5),),
+        ((1, 5), (2, 5)),
+        ((1, 5), (1, 5)),
+        ((1, 1000),),
+    ],
+)
+def test_wrong_tokens_are_refused_before_anything_changes(tokens: tuple[tuple[int, int], ...]) -> None:
+    sessions = serving()
+    (step,) = steps(begin(sessions, 1))
+    sampled = tuple(SampledToken(session=SessionId(one), token=token, logprob=0.0) for one, token in tokens)
+    with pytest.raises(FrameMalformed, match=f"step {step.step}"):
+        sessions.step_finished(StepDone(epoch=1, step=step.step, tokens=sampled, step_s=0.0), 1.0)
+    assert of(TokensCommitted, finish(sessions, step, 5))
+
+
+# ---------------------------------------------------------------- cancel
+
+
+def test_cancelling_a_waiting_request() -> None:
+    sessions = Sessions(SPEC, ClusterPolicy())
+    begin(sessions, 1)
+    (ended,) = sessions.cancel(RequestCancelled(session=SessionId(1)), 2.0)
+    assert isinstance(ended, SessionEnded)
+    assert (ended.reason, ended.timings.queued_s) == (FinishReason.CANCELLED, 2.0)
+    assert sessions.counts.waiting == 0
+    assert sessions.cancel(RequestCancelled(session=SessionId(1)), 2.0) == []
+
+
+def test_cancelling_while_a_step_computes_it_releases_after_the_step() -> None:
+    sessions = serving(positions=7, words="1")
+    (step,) = steps(begin(sessions, 1, 2))
+    effects = sessions.cancel(RequestCancelled(session=SessionId(1), reason=FinishReason.STOP), 1.0)
+    assert [ended.reason for ended in of(SessionEnded, effects)] == [FinishReason.STOP]
+    assert sessions.schedule(1.0) == []  # its memory is still held: session 2 has to wait
+    assert not sessions.is_idle
+    effects = finish(sessions, step, 5)
+    assert of(TokensCommitted, effects) == []
+    assert sent(Release, effects) == {"head": Release(sessions=(SessionId(1),))}
+    assert [part.session for part in steps(effects)[0].rows] == [2]
+
+
+def test_cancelling_between_steps_releases_at_once() -> None:
+    sessions = serving(words="1")
+    (step,) = steps(begin(sessions, 1, 2, max_tokens=9))
+    (step,) = steps(finish(sessions, step, 5))
+    begin(sessions, 3)  # started, but no step has room for its prompt
+    assert of(SessionEnded, sessions.cancel(RequestCancelled(session=SessionId(3)), 1.0))
+    assert sent(Release, sessions.schedule(1.0)) == {}  # the workers never saw it
+
+
+# ---------------------------------------------------------------- plans that end
+
+
+def test_a_lost_plan_fails_what_runs_and_keeps_what_waits() -> None:
+    sessions = serving(ClusterPolicy(max_sessions=2))
+    begin(sessions, 1, 2, 3)
+    failed = of(SessionFailed, sessions.interrupt(PeerLost("b is gone", node="b"), 1.0))
+    assert [(one.session, one.error.node) for one in failed] == [(1, "b"), (2, "b")]
+    assert sessions.counts.waiting == 1
+    assert sessions.schedule(1.0) == []
+    sessions.serve(make_test_plan(epoch=2), KvRoom(100, WorkerId("b")))
+    (step,) = steps(sessions.schedule(2.0))
+    assert [new.session for new in step.opens] == [3]
+
+
+def test_a_step_that_ends_after_its_plan_is_ignored() -> None:
+    sessions = serving()
+    (step,) = steps(begin(sessions, 1))
+    sessions.interrupt(PeerLost("b is gone"), 1.0)
+    assert sessions.step_finished(done(step, 5), 1.0) == []
+    assert sessions.oldest_step_at is None
+
+
+def test_waiting_for_a_plan_has_a_deadline_that_says_what_is_missing() -> None:
+    sessions = Sessions(SPEC, ClusterPolicy(form_timeout_s=60.0))
+    begin(sessions, 1)
+    assert sessions.expire(59.9, "waiting for b") == []
+    error = error_of(sessions.expire(60.0, "waiting for b"))
+    assert isinstance(error, Overloaded)
+    assert "60 s: waiting for b" in error.message
+
+
+def test_the_deadline_counts_from_the_loss_of_the_plan() -> None:
+    sessions = serving(ClusterPolicy(max_sessions=1))
+    begin(sessions, 1, 2)
+    sessions.interrupt(PeerLost("b is gone"), 100.0)
+    assert sessions.expire(159.0, "") == []
+    assert len(sessions.expire(160.0, "")) == 1
+
+
+def test_stopping_fails_everything_and_everybody_after() -> None:
+    sessions = serving(ClusterPolicy(max_sessions=1))
+    begin(sessions, 1, 2)
+    failed = of(SessionFailed, sessions.stop("stopping"))
+    assert [one.session for one in failed] == [1, 2]
+    assert isinstance(error_of(begin(sessions, 3)), Overloaded)
+
+
+def test_the_log_of_tokens_stays_whole() -> None:
+    sessions = serving(words="1")
+    (step,) = steps(begin(sessions, 1))
+    finish(sessions, step, 42)
+    assert sessions._running[SessionId(1)].tokens == array("i", [1, 2, 3, 42])
