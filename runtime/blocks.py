@@ -1,7 +1,8 @@
 """Blocks: all tiles of one layer's attention, or of its FFN, that a worker holds, fused into few matrices.
 
 Knows nothing of links or of the other members: `partial` is this worker's part of a sum. Fused tensors are allocated
-first and filled tile by tile, so building a block takes its own memory and one tile.
+first and filled tile by tile, so building a block takes its own memory and one tile; where matrices are packed, up to
+one block more until it is done.
 
 Shapes: T rows, D hidden, G KV-head groups held, R query heads a group, d head_dim, F FFN columns held.
 """
@@ -99,7 +100,7 @@ class FfnBlock:
     def partial(self, x_TD: Tensor, step: Step) -> Tensor:
         """Return `down(silu(gate(x)) * up(x))` of the held columns, `[T, D]`."""
         gate_TF, up_TF = self._gate_up.apply(x_TD).chunk(2, dim=-1)
-        return self._down.apply(functional.silu(gate_TF) * up_TF)
+        return self._down.apply(functional.silu(gate_TF).mul_(up_TF))
 
 
 class PinnedBlocks:
@@ -172,11 +173,13 @@ def _load_attention(
             counts = torch.tensor([groups * spec.queries_per_group, groups])
             both = torch.stack((parts["q_norm"], parts["k_norm"]))
             qk_norm = both.repeat_interleave(counts, dim=0).to(device, dtype)
+    fused = make_linear(qkv, qkv_bias)
+    del qkv  # before the next matrix is packed
     return AttentionBlock(
         spec,
         layer=layer,
         cache_layer=layer - share.layers.start,
-        qkv=make_linear(qkv, qkv_bias),
+        qkv=fused,
         o=make_linear(o, o_bias),
         qk_norm=qk_norm,
     )
@@ -202,4 +205,6 @@ def _load_ffn(spec: ModelSpec, layer: int, tiles: Span, source: TileSource, devi
         down[:, columns.start - start : columns.end - start] = parts["down"]
         if "down.bias" in parts:  # only in tile 0, so that the sum over members adds it once
             down_bias = parts["down.bias"].to(device, dtype, copy=True)
-    return FfnBlock(gate_up=make_linear(gate_up, gate_up_bias), down=make_linear(down, down_bias))
+    fused = make_linear(gate_up, gate_up_bias)
+    del gate_up  # before the next matrix is packed
+    return FfnBlock(gate_up=fused, down=make_linear(down, down_bias))

@@ -22,7 +22,7 @@ UNLIMITED_BYTES = 2**60
 
 
 class DeviceFacts(NamedTuple):
-    """What a worker tells of its machine; bytes are those of the memory that the weights will live in."""
+    """What a worker tells of its machine; `device` is cpu, cuda or mps, bytes are those of that device's memory."""
 
     system: str
     machine: str
@@ -62,17 +62,17 @@ def num_threads(root: Path = ROOT) -> int:
 
 def measure(device: torch.device, root: Path = ROOT) -> DeviceFacts:
     """Return the facts of this machine and of the device chosen on it."""
-    memory, name = host_memory(root), str(device)
+    memory = host_memory(root)
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        memory, name = Memory(total, free), f"{device} {torch.cuda.get_device_name(device)}"
+        memory = Memory(total, free)
     return DeviceFacts(
         system=platform.system().lower(),
         machine=platform.machine().lower(),
         cores=num_threads(root),
         memory_bytes=memory.total_bytes,
         available_bytes=memory.available_bytes,
-        device=name,
+        device=device.type,
         torch=str(torch.__version__),
     )
 

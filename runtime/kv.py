@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from protocol.batches import SessionRows
-from protocol.errors import Overloaded, SessionLost
+from protocol.errors import Overloaded, SessionLost, StepFailed
 from protocol.ids import SessionId
 from protocol.specs import ModelSpec, Span
 from runtime.tensors import dtype_of
@@ -71,11 +71,11 @@ class KvCache:
     def begin(self, rows: tuple[SessionRows, ...]) -> tuple[SessionKv, ...]:
         """Return the caches that these rows extend, in order; opens sessions that start at 0, truncates repeated ones.
 
-        Raises SessionLost when rows continue what is not here, Overloaded when new sessions don't fit the budget.
-        Then nothing has changed.
+        Raises SessionLost when rows continue what is not here, Overloaded when new sessions don't fit the budget,
+        StepFailed for a session that stands twice. Then nothing has changed.
         """
         if len({part.session for part in rows}) != len(rows):
-            raise SessionLost("a session stands twice in one step", remedy="split its rows over two steps")
+            raise StepFailed("a session stands twice in one step", remedy="split its rows over two steps")
         for part in rows:
             self._require_history(part)
         fresh = [part for part in rows if self._needs_memory(part)]

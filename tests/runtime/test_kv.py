@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiles_of import CPU, SMALL, make_model, spec_of
 
 from protocol.batches import SessionRows
-from protocol.errors import Overloaded, SessionLost
+from protocol.errors import Overloaded, SessionLost, StepFailed
 from protocol.ids import SessionId
 from protocol.specs import Span
 from runtime.kv import KvCache
@@ -76,7 +76,7 @@ def test_rows_without_their_history_are_refused(name, before, then, message):
 
 
 def test_a_session_twice_in_one_step_is_refused():
-    with pytest.raises(SessionLost, match="twice"):
+    with pytest.raises(StepFailed, match="twice"):
         make_cache().begin((row(1, 0, 2), row(1, 2, 1)))
 
 

@@ -31,6 +31,14 @@ def test_a_frame_round_trips_without_a_copy(wire):
     assert torch.equal(from_wire(bytes(frame), wire, (3, 8)), tensor)  # read-only memory, and no warning
 
 
+def test_tensors_of_inference_mode_can_be_sent():
+    with torch.inference_mode():
+        tensor = torch.ones(2, 3) * 2
+    frame = to_wire(tensor, ActivationFormat.FLOAT32)
+    with torch.inference_mode():
+        assert torch.equal(from_wire(frame, ActivationFormat.FLOAT32, (2, 3)) + tensor, tensor * 2)
+
+
 def test_a_frame_is_cast_and_put_in_order():
     tensor = torch.randn(4, 6).T
     assert torch.equal(from_wire(to_wire(tensor, ActivationFormat.FLOAT32), ActivationFormat.FLOAT32, (6, 4)), tensor)
