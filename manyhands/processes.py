@@ -22,6 +22,7 @@ from protocol.errors import (
     InvariantBroken,
     ManyhandsError,
     PeerLost,
+    StorageFailed,
     StorageFull,
 )
 from protocol.logs import redact
@@ -93,6 +94,7 @@ _REASONS: Mapping[int, type[ManyhandsError]] = {
     exits.CONFIG: ConfigInvalid,
     exits.DATA: CheckpointInvalid,
     exits.CANT_CREATE: StorageFull,
+    exits.IO: StorageFailed,
     exits.REFUSED: AccessRefused,
     exits.SOFTWARE: InvariantBroken,
 }

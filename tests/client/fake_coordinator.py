@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import zmq
@@ -49,6 +50,7 @@ class FakeCoordinator:
         self.peers: list[bytes] = []
         self.on_generate: Answer = speak("hello")
         self.answers_status = True
+        self.status: dict[str, Any] = {"phase": "ready"}
         self.greets = True
         self.arrived = asyncio.Event()
         self._context = zmq.asyncio.Context()
@@ -97,7 +99,7 @@ class FakeCoordinator:
             case ClientHello() if self.greets:
                 self.say(to, WELCOME)
             case StatusRequest() if self.answers_status:
-                self.say(to, StatusReport(), json.dumps({"phase": "ready"}).encode())
+                self.say(to, StatusReport(), json.dumps(self.status).encode())
             case InviteRequest():
                 self.say(to, Invitation(link=f"a link, trusted {message.trusted}"))
             case Cancel():
@@ -169,3 +171,23 @@ def refuse(error: Exception) -> Answer:
         fake.say(to, messages.ErrorReport.of(error, request=message.request))  # type: ignore[arg-type]
 
     return answer
+
+
+@contextlib.contextmanager
+def fake_in_thread() -> Iterator[FakeCoordinator]:
+    """A fake coordinator that serves in a thread, for code that blocks."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="fake coordinator")
+    thread.start()
+
+    async def start() -> FakeCoordinator:
+        return FakeCoordinator()
+
+    fake = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
+    try:
+        yield fake
+    finally:
+        asyncio.run_coroutine_threadsafe(fake.close(), loop).result(10)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
+        loop.close()

@@ -1,0 +1,107 @@
+"""What people are shown of a cluster: tables, news between two looks, the pace of loading, progress at start."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+from status_samples import PLAN, READY, status, worker
+
+from manyhands.cli.news import LoadMeter, news
+from manyhands.cli.screen import bytes_text, count_text
+from manyhands.cli.tables import model_line, plan_line, plan_rows, worker_rows
+from manyhands.progress import StartWatch, essence
+from protocol.errors import DeadlineExceeded
+
+
+def test_the_plan_as_rows() -> None:
+    assert plan_rows(READY, {"w1": 11, "w2": 12}) == [
+        ("w1", "11", "head, hub", "0..4", "0..2", "0..5", "3.1 MB", "300 MB"),
+        ("w2", "12", "member", "0..4", "2..4", "5..10", "3.1 MB", "300 MB"),
+        ("w3", "-", "hub", "4..6", "0..4", "0..10", "3.1 MB", "300 MB"),
+    ]
+
+
+def test_a_head_without_layers_and_a_lost_worker() -> None:
+    rows = plan_rows(status(plan=PLAN | {"head": "w0"}, workers=[worker("w0"), worker("w2")]), {})
+    assert [(row[0], row[2], row[3]) for row in rows] == [("w0", "head", "-"), ("w2", "member", "0..4")]
+
+
+@pytest.mark.parametrize("tree", [{}, {"plan": None, "workers": []}, {"workers": [{"name": "w1"}]}])
+def test_a_sparse_status_is_shown_too(tree: dict[str, Any]) -> None:
+    assert plan_line(tree) == "none yet"
+    assert len(worker_rows(tree)) == len(tree.get("workers", []))
+    assert plan_rows(tree, {}) == []
+    assert model_line(tree)
+
+
+def test_lines() -> None:
+    assert model_line(READY) == "demo (llama, 4.7M parameters, 6 layers, float32)"
+    assert plan_line(READY) == "1,1/1 (3 workers in 2 stages)"
+
+
+WAITING = status(phase="waiting", detail="waiting for 2 workers", workers=[worker("w1")], plan=None)
+NEWS = [
+    (READY, READY, []),
+    ({}, WAITING, ["w1 joined (Linux aarch64, cpu, 4 cores, may take 4.0 GB)", "waiting: waiting for 2 workers"]),
+    (WAITING, status(phase="probing", workers=[worker("w1")], detail="links"), ["probing: links"]),
+    (status(phase="loading"), READY, ["ready: plan 1,1/1 (3 workers in 2 stages)"]),
+    (READY, status(epoch=8), ["ready: plan 1,1/1 (3 workers in 2 stages)"]),
+    (READY, status(last_error="w3 was silent"), ["trouble: w3 was silent"]),
+    (READY, status(workers=READY["workers"][:2]), ["w3 is gone"]),
+]
+
+
+@pytest.mark.parametrize(("before", "after", "lines"), NEWS)
+def test_news(before: dict[str, Any], after: dict[str, Any], lines: list[str]) -> None:
+    assert news(before, after) == lines
+
+
+def loading(*parts: tuple[str, int] | None, epoch: int = 1) -> dict[str, Any]:
+    workers = [
+        worker(f"w{n}", loading={"step": part[0], "done_bytes": part[1], "total_bytes": 10_000_000} if part else None)
+        for n, part in enumerate(parts, 1)
+    ]
+    return status(phase="loading", epoch=epoch, workers=workers)
+
+
+def test_the_pace_of_loading() -> None:
+    meter = LoadMeter()
+    bits = 2_000_000
+    looks = [
+        (loading(("", 0), ("fetch", 0)), "loading: 0 B of 20.0 MB (w1 begins, w2 fetch)"),
+        (loading(("load", bits), ("load", 0)), "loading: 2.0 MB of 20.0 MB, 2.0 MB/s, 9 s left (w1 load, w2 load)"),
+        (loading(None, ("load", 4_000_000)), "loading: 14.0 MB of 20.0 MB, 5.0 MB/s, 1 s left (w2 load)"),
+        (loading(("fetch", 0), ("fetch", 0), epoch=2), "loading: 0 B of 20.0 MB (w1 fetch, w2 fetch)"),
+        (READY, ""),
+    ]  # fmt: skip
+    for now, (look, line) in enumerate(looks):
+        assert meter.see(look, float(now)) == line
+
+
+def test_a_start_without_progress_ends_and_progress_extends_it() -> None:
+    watch = StartWatch(5.0, now=0.0)
+    for now in range(0, 40, 4):
+        watch.see(f"sign {now}", "reading", now)
+        watch.check(now)
+    watch.see("sign 36", "stuck here", 41.0)
+    with pytest.raises(DeadlineExceeded, match="stuck here"):
+        watch.check(41.0)
+
+
+def test_mere_life_is_no_progress() -> None:
+    alive = status(workers=[worker("w1", last_heard_s=0.4, resident_bytes=5)])
+    same = status(workers=[worker("w1", last_heard_s=0.1, resident_bytes=9)])
+    further = status(workers=[worker("w1", phase="loading")])
+    assert essence(alive) == essence(same) != essence(further)
+
+
+SIZES = [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (9_318_800, "9.3 MB"), (412e6, "412 MB"), (5e12, "5.0 TB")]
+COUNTS = [(7, "7"), (4_656_384, "4.7M"), (135e6, "135M"), (7e9, "7.0B")]
+
+
+def test_sizes_and_counts() -> None:
+    assert [bytes_text(size) for size, _ in SIZES] == [text for _, text in SIZES]
+    assert [count_text(number) for number, _ in COUNTS] == [text for _, text in COUNTS]
+    assert all(len(bytes_text(a)) <= 8 for a in itertools.accumulate([1] + [7] * 14, lambda a, b: a * b))
