@@ -6,6 +6,7 @@ Knows nothing of sockets (`manyhands.connection`) or of the protocol's states (`
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 from types import TracebackType
@@ -75,8 +76,9 @@ class AsyncGenerationStream:
 
     def __del__(self) -> None:
         # A `break` out of `async for` leaves the stream to the garbage collector, maybe in another thread.
-        if self._mailbox.end is None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._connection.abandon, self._request)
+        if self._mailbox.end is None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and with it the connection
+                self._loop.call_soon_threadsafe(self._connection.abandon, self._request)
 
 
 class AsyncClient:

@@ -114,7 +114,7 @@ class Conversation:
         self._logs: dict[RequestId, RequestLog] = {}
         self._leases: dict[RequestId, Lease] = {}
         self._abandoned: set[RequestId] = set()
-        self._last_ping = now
+        self._last_ping = self._last_look = now
 
     @property
     def open_requests(self) -> tuple[RequestId, ...]:
@@ -155,7 +155,15 @@ class Conversation:
         return True
 
     def overdue(self, now: float) -> list[Told]:
-        """End the requests that have been silent for too long."""
+        """End the requests that have been silent for too long; call it several times in `timeout_s`.
+
+        After a longer pause of our own (a suspended laptop, a blocked loop) silence proves nothing: all start again.
+        """
+        was_away = now - self._last_look > self._timeout_s / 2
+        self._last_look = max(now, self._last_look)
+        if was_away:
+            for lease in self._leases.values():
+                lease.heard(now)
         silent = [request for request, lease in self._leases.items() if lease.is_over(now)]
         return [told for request in silent for told in self._end(request, self._silence(request, now))]
 

@@ -26,7 +26,7 @@ class LoopThread:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="manyhands client", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="manyhands client", daemon=True)
         self._thread.start()
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
@@ -41,12 +41,20 @@ class LoopThread:
             future.cancel()
             raise
 
-    def close(self) -> None:
-        """Stop the loop and end the thread; safe to call twice."""
-        if self._thread.is_alive():
+    def close(self, last: Coroutine[Any, Any, None]) -> None:
+        """Run the coroutine, stop the loop and end the thread."""
+        if threading.current_thread() is self._thread:  # the garbage collector came by here: nothing may block
+            self._loop.create_task(last).add_done_callback(lambda _: self._loop.stop())
+            return
+        try:
+            self.call(last)
+        finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
-            self._loop.close()
+
+    def _run(self) -> None:
+        self._loop.run_forever()
+        self._loop.close()
 
 
 class GenerationStream:
@@ -99,7 +107,7 @@ class Client:
         self._client = AsyncClient(link, timeout_s)
         self._loop = LoopThread()
         # Also when the client is dropped or the interpreter ends: no thread and no request is left behind.
-        self._end = weakref.finalize(self, _close, self._loop, self._client)
+        self._end = weakref.finalize(self, lambda loop, client: loop.close(client.close()), self._loop, self._client)
 
     @overload
     def generate(
@@ -155,8 +163,3 @@ class Client:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _close(loop: LoopThread, client: AsyncClient) -> None:
-    loop.call(client.close())
-    loop.close()

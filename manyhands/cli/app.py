@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -81,8 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return exits.USAGE
     except (click.Abort, KeyboardInterrupt):
         return exits.INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone, as `head` does: nothing to tell, nobody to tell it to
-        sys.stderr.close()
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does: nobody is left to be told
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
         return exits.IO
     except Exception as error:  # the edge of the process
         if log.isEnabledFor(logging.DEBUG) or not isinstance(error, ManyhandsError | OSError):

@@ -58,4 +58,5 @@ def show(status: Status) -> None:
     if status.get("last_error"):
         out.print(f"trouble   {status['last_error']}")
     out.print()
-    out.print(table(WORKER_HEADINGS, worker_rows(status)))
+    rows = worker_rows(status)
+    out.print(table(WORKER_HEADINGS, rows) if rows else "no workers: `manyhands join LINK` on a device brings one")

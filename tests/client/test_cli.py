@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +21,7 @@ from manyhands.cli import main
 from manyhands.cli.app import COMMANDS, root
 from protocol import exits
 from protocol.errors import Overloaded, PeerLost, RequestInvalid
-from protocol.messages import Generate
+from protocol.messages import Cancel, Generate
 from protocol.security import KeyPair, Link
 
 Capture = pytest.CaptureFixture[str]
@@ -198,6 +200,30 @@ def test_chat_goes_on_after_an_error(fake: FakeCoordinator, monkeypatch: pytest.
     out, err = capsys.readouterr()
     assert out == "\nback\n"
     assert err.startswith("error: gone")
+
+
+def test_ctrl_c_stops_the_answer_and_the_talk_goes_on(
+    fake: FakeCoordinator, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def interrupt(fake: FakeCoordinator, to: bytes, message: Any, payload: bytes) -> None:
+        begin("he")(fake, to, message, payload)
+        fake.on_generate = speak("back")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    fake.on_generate = interrupt
+    assert chat("one\ntwo\n", monkeypatch) == 0
+    assert capsys.readouterr().out.endswith(" [stopped]\nback\n")
+    assert len(fake.of(Cancel)) == 1
+
+
+def test_ctrl_c_ends_ask(fake: FakeCoordinator) -> None:
+    def interrupt(fake: FakeCoordinator, to: bytes, message: Any, payload: bytes) -> None:
+        begin("he")(fake, to, message, payload)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    fake.on_generate = interrupt
+    assert main(["ask", "hi"]) == exits.INTERRUPTED
+    assert len(fake.of(Cancel)) == 1
 
 
 def test_status_for_people_and_for_programs(fake: FakeCoordinator, capsys: Capture) -> None:

@@ -365,6 +365,22 @@ def test_a_synchronous_client_that_is_dropped_leaves_no_thread() -> None:
     run_beside_a_fake(use)
 
 
+def test_a_client_dropped_in_its_own_thread_does_not_block() -> None:
+    def use(fake: FakeCoordinator) -> None:
+        client = Client(fake.link)
+        client.status()
+        loop, end, thread = client._loop, client._end, client._loop._thread
+
+        async def drop() -> None:
+            end()
+
+        loop.call(drop())
+        thread.join(10)
+        assert not thread.is_alive()
+
+    run_beside_a_fake(use)
+
+
 def test_an_error_crosses_the_thread() -> None:
     def use(fake: FakeCoordinator) -> None:
         fake.on_generate = refuse(PeerLost("gone", node="w2"))

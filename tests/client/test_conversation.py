@@ -97,10 +97,19 @@ def test_silence_ends_a_request_and_life_does_not() -> None:
     for second in range(1, 20):
         assert talk.overdue(second) == []
         talk.receive(WAITING, second)
+    assert talk.overdue(20.0) == []
     told = talk.overdue(21.0)
     assert [type(update) for _, update in told] == [CoordinatorLost]
     assert "10.0.0.1:7411, [::1]:7411" in str(told[0].update)
     assert talk.overdue(99.0) == []
+
+
+def test_silence_while_we_were_away_ends_nothing() -> None:
+    talk = conversation(timeout_s=2.0)
+    assert talk.overdue(1.0) == []
+    assert talk.overdue(500.0) == []
+    assert talk.overdue(501.0) == []
+    assert len(talk.overdue(502.0)) == 1
 
 
 def test_pings_only_while_requests_are_open() -> None:
@@ -129,7 +138,7 @@ def test_every_request_ends_at_most_once_and_tells_its_end(story: list[Any]) -> 
         if event == "abandon":
             talk.abandon(R)
         elif event == "late":
-            told = talk.overdue(now + 100.0)
+            told = [one for later in range(0, 10, 2) for one in talk.overdue(now + later)]
         else:
             told = talk.receive(event, now)
         ends += sum(isinstance(update, Generation | ManyhandsError) for _, update in told)
