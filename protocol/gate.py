@@ -8,7 +8,9 @@ pyzmq's own authenticators let NULL peers pass and die silently when a callback 
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import socket
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -35,7 +37,7 @@ class Gate:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(shadow=context.underlying)  # plain, even if async
         self._admits = admits
         self._thread: threading.Thread | None = None
-        self._stop: zmq.Socket[bytes] | None = None
+        self._stop: socket.socket | None = None
 
     def start(self) -> None:
         """Open the gate; call it before binding. Raises InvariantBroken when this context has one already."""
@@ -48,11 +50,8 @@ class Gate:
         except zmq.ZMQError as error:
             questions.close()
             raise InvariantBroken(f"this ZeroMQ context has a gate already: {error}", phase="gate") from error
-        self._stop, stopped = self._context.socket(zmq.PAIR), self._context.socket(zmq.PAIR)
-        self._stop.linger = stopped.linger = 0
-        endpoint = f"inproc://manyhands.gate.{id(self)}"
-        stopped.bind(endpoint)
-        self._stop.connect(endpoint)
+        # Not a ZeroMQ socket: one held outside the thread would keep the context from ever terminating.
+        self._stop, stopped = socket.socketpair()
         # A socket may move to another thread across a full fence, which starting the thread is.
         self._thread = threading.Thread(target=self._run, args=(questions, stopped), name="gate", daemon=True)
         self._thread.start()
@@ -63,12 +62,7 @@ class Gate:
         stop, self._stop = self._stop, None
         if thread is None or stop is None:
             return
-        if not self._context.closed:
-            try:
-                stop.send(b"", zmq.NOBLOCK)
-            except zmq.ZMQError as error:  # its thread is gone already, the context is being terminated
-                _log.debug("gate: %s", error)
-        stop.close()
+        stop.close()  # the thread's end becomes readable
         thread.join(CLOSE_DEADLINE_S)
         if thread.is_alive():
             raise InvariantBroken(f"the gate did not close within {CLOSE_DEADLINE_S} s", phase="gate")
@@ -82,21 +76,16 @@ class Gate:
     ) -> None:
         self.close()
 
-    def _run(self, questions: zmq.Socket[bytes], stopped: zmq.Socket[bytes]) -> None:
-        poller = zmq.Poller()
-        poller.register(questions, zmq.POLLIN)
-        poller.register(stopped, zmq.POLLIN)
-        try:
+    def _run(self, questions: zmq.Socket[bytes], stopped: socket.socket) -> None:
+        with contextlib.closing(questions), stopped, contextlib.suppress(zmq.ContextTerminated):
+            poller = zmq.Poller()
+            poller.register(questions, zmq.POLLIN)
+            poller.register(stopped, zmq.POLLIN)
             while True:
                 ready = dict(poller.poll())
-                if stopped in ready:
+                if stopped.fileno() in ready:
                     return
                 questions.send_multipart(self._answer(questions.recv_multipart()))
-        except zmq.ContextTerminated:
-            return
-        finally:
-            questions.close()
-            stopped.close()
 
     def _answer(self, question: list[bytes]) -> list[bytes]:
         """Answer one ZAP request: version, request id, domain, address, routing id, mechanism, credentials..."""

@@ -189,10 +189,12 @@ def _to_url(key: bytes) -> str:
 
 
 def _from_url(text: str, what: str) -> bytes:
+    if len(text) != 43:  # 32 bytes in base64 without padding
+        raise ValueError(f"the link's {what} is cut or too long: {len(text)} of 43 characters")
     try:
         raw = base64.b64decode(text.encode("ascii") + b"=", altchars=b"-_", validate=True)
     except (UnicodeEncodeError, binascii.Error):
         raise ValueError(f"the link's {what} is damaged") from None
-    if len(raw) != 32 or len(text) != 43:
-        raise ValueError(f"the link's {what} is cut or too long: {len(text)} of 43 characters")
-    return z85.encode(raw)
+    if len(raw) != 32 or _to_url(key := z85.encode(raw)) != text:  # the last two bits are spare: one spelling only
+        raise ValueError(f"the link's {what} is damaged")
+    return key

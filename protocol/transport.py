@@ -78,8 +78,9 @@ def dial(  # noqa: PLR0917  each names one thing the socket can't do without
     """Return a DEALER that connects, and reconnects, to `address` ("host:port" or "tcp://host:port") on its own.
 
     Sends block (NOBLOCK: EAGAIN) while there is no connection, so nothing queues for a dead peer; a wrong server key
-    looks like a peer that never answers, so bound every wait. Closing drops what is not sent yet: close with
-    `linger=500` after a farewell. Raises LinkInvalid for an address that is none.
+    looks like a peer that never answers, so bound every wait. A socket that the other side's gate refused never tries
+    again (libzmq ends its session): where the key may be admitted later, open a new one. Closing drops what is not
+    sent yet: close with `linger=500` after a farewell. Raises LinkInvalid for an address that is none.
     """
     socket = context.socket(zmq.DEALER)
     try:
