@@ -1,6 +1,6 @@
 """The same work done by transformers, in a process of its own: prints one JSON line.
 
-    python -m benchmarks.oracle FOLDER DTYPE THREADS PROMPT_TOKENS NEW_TOKENS ROUNDS
+python -m benchmarks.oracle FOLDER DTYPE THREADS PROMPT_TOKENS NEW_TOKENS ROUNDS
 """
 
 from __future__ import annotations

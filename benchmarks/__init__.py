@@ -1,0 +1,1 @@
+"""What this project claims about speed and memory, measured: `python -m benchmarks [name ...]`."""
