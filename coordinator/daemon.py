@@ -40,6 +40,7 @@ from protocol.version import SOFTWARE
 TICK_S: Final = 0.1
 MESSAGES_A_TURN: Final = 64  # after so many without a pause, let timers and tile reads have their turn
 PROMPT_THREADS: Final = 2
+GOODBYE_S: Final = 0.2
 
 _log = logging.getLogger(__name__)
 
@@ -163,6 +164,8 @@ class Daemon:
         finally:
             self._group = None
             self._say_goodbye()
+            # A peer drops what it has not read yet when the connection ends; give it the time to read.
+            await asyncio.sleep(GOODBYE_S)
 
     async def _receive(self) -> None:
         num_taken = 0
@@ -173,8 +176,9 @@ class Daemon:
                 await asyncio.sleep(0)  # messages that lie ready are received without giving way
 
     async def _tick(self) -> None:
+        tick_s = min(TICK_S, self._config.lease_s / 4)
         while True:
-            await asyncio.sleep(TICK_S)
+            await asyncio.sleep(tick_s)
             actor = self._actor
             actor.run(Tick())
             actor.retry_held()

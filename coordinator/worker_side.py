@@ -6,6 +6,7 @@ Knows nothing of clients. The sender's name and role come from its key; errors a
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -51,7 +52,7 @@ from protocol.version import SOFTWARE
 _log = logging.getLogger(__name__)
 Spawn = Callable[[Coroutine[Any, Any, None]], object]
 
-# How a report becomes an event of the core; every one is a sign of life as well.
+# How a report becomes an event of the core, which takes every one as a sign of life as well.
 _REPORTS: Final[dict[type, Callable[[WorkerId, Any], Event]]] = {
     Heartbeat: lambda worker, said: WorkerHeard(worker=worker, heartbeat=said),
     Reached: lambda worker, said: PeersReached(worker=worker, reached=said),
@@ -85,6 +86,7 @@ class WorkerSide:
         self._invitations = invitations
         self._welcome = welcome
         self._spawn = spawn
+        self._noted_at: dict[WorkerId, float] = {}
 
     def enroll(self, envelope: Envelope, asked: Enroll, unix_time: float) -> None:
         """Pin a guest's key and tell it its name; raises AccessRefused, VersionMismatch."""
@@ -102,10 +104,9 @@ class WorkerSide:
             return
         self._actor.know_route(worker, route.channel, envelope.routing_id)
         if report is not None:
-            event = report(worker, message)
-            self._actor.run(*([] if isinstance(event, WorkerHeard) else [WorkerHeard(worker=worker)]), event)
+            self._actor.run(report(worker, message))
             return
-        self._actor.run(WorkerHeard(worker=worker))
+        self._note_life(worker)
         match message:
             case TileRequest():
                 self._tiles.reserve(party, message)
@@ -146,6 +147,13 @@ class WorkerSide:
         else:
             self.counts.dropped += 1
             _log.debug("dropped a frame from %s to %s", header.source, header.target)
+
+    def _note_life(self, worker: WorkerId) -> None:
+        """Tell the core at the pace of heartbeats: relayed frames come by the thousand."""
+        now = self._actor.clock()
+        if now - self._noted_at.get(worker, -math.inf) >= self._welcome.heartbeat_s:
+            self._noted_at[worker] = now
+            self._actor.run(WorkerHeard(worker=worker))
 
     async def _send_tile(self, party: Party, routing_id: bytes, asked: TileRequest) -> None:
         try:

@@ -1,0 +1,443 @@
+"""A real coordinator on loopback, with clients and workers that only pretend to compute."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import hashlib
+import json
+import os
+import stat
+import threading
+from pathlib import Path
+
+import msgpack
+import psutil
+import pytest
+
+from coordinator.startup import CLIENT_LINK_FILE, READY_FILE
+from protocol.errors import ConfigInvalid, PeerLost
+from protocol.frames import encode
+from protocol.ids import RequestId, WorkerId
+from protocol.messages import (
+    Accepted,
+    Cancel,
+    ClientHello,
+    Enroll,
+    ErrorReport,
+    Finished,
+    FinishReason,
+    Hello,
+    LinkHello,
+    Piece,
+    Relay,
+    Release,
+    StatusReport,
+    StatusRequest,
+    StepDone,
+    TileChunk,
+    TileRequest,
+    Waiting,
+    Welcome,
+    WorkerPhase,
+)
+from protocol.security import KeyPair, Link
+from protocol.tiles import HEAD_KINDS, TileKind
+from tests.coordinator.byte_model import write_model
+from tests.coordinator.fake_peers import PROFILE, Cluster, FakeClient, running
+
+pytestmark = pytest.mark.asyncio
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("byte-model"))
+
+
+async def status(client: FakeClient) -> dict[str, object]:
+    await client.send(StatusRequest())
+    _, payload = await client.expect_with_payload(StatusReport)
+    report = json.loads(payload)
+    assert isinstance(report, dict)
+    return report
+
+
+async def until_phase(client: FakeClient, phase: str) -> dict[str, object]:
+    while (report := await status(client))["phase"] != phase:
+        pass
+    return report
+
+
+async def answer(client: FakeClient) -> tuple[str, Finished]:
+    text = ""
+    while True:
+        message, _ = await client.receive()
+        match message:
+            case Piece():
+                text += message.text
+            case Finished():
+                return text, message
+            case ErrorReport():
+                raise message.error()
+
+
+# ---------------------------------------------------------------- admission
+
+
+async def test_a_token_enrols_one_worker_and_a_new_link_is_told(model: Path, tmp_path: Path) -> None:
+    async with running(model, tmp_path) as cluster:
+        link = Link.parse(cluster.join_links[0])
+        name, keys = await cluster.enroll(link, "pi")
+        assert name == "pi"
+        assert (await cluster.enroll(link, "pi", keys))[0] == "pi"  # the answer was lost: asked again, told again
+        second = cluster.dealer(link)
+        await second.send(
+            Enroll(oldest_version=1, version=1, software="t", name="pi", public_key=KeyPair.generate().public)
+        )
+        error = await second.expect(ErrorReport)
+        assert (error.code, error.remedy) == ("access-refused", "get a fresh link with `manyhands invite`")
+        assert "spent" in error.text
+        client = await cluster.client()
+        while len(cluster.join_links) < 2:
+            await status(client)
+        assert cluster.join_links[1] != cluster.join_links[0]
+
+
+async def test_workers_of_the_same_name_get_numbers(model: Path, tmp_path: Path) -> None:
+    async with running(model, tmp_path) as cluster:
+        client = await cluster.client()
+        names = [(await cluster.enroll(await client.invite(), "pi"))[0] for _ in range(3)]
+        assert names == ["pi", "pi-2", "pi-3"]
+
+
+async def test_an_unknown_key_never_gets_through_the_gate(model: Path, tmp_path: Path) -> None:
+    async with running(model, tmp_path) as cluster:
+        stranger = cluster.dealer(cluster.client_link, KeyPair.generate())
+        with pytest.raises(TimeoutError):  # not even connected, so nothing can be sent
+            await asyncio.wait_for(stranger.socket.send_multipart(encode(StatusRequest())), 0.3)
+        await cluster.client()
+
+
+async def test_a_wrong_version_is_refused_with_both(model: Path, tmp_path: Path) -> None:
+    async with running(model, tmp_path) as cluster:
+        client = FakeClient(cluster.context, cluster.client_link, cluster.client_link.keys, b"new")
+        await client.send(ClientHello(oldest_version=7, version=9, software="manyhands 99"))
+        error = await client.expect(ErrorReport)
+        assert error.code == "version-mismatch"
+        assert "manyhands 99) speaks protocol 7 to 9" in error.text and "speaks 1 to 1" in error.text
+        name, keys = await cluster.enroll(await client.invite(), "pi")
+        worker = cluster.dealer(cluster.client_link, keys, b"pi/control")
+        hello = Hello(
+            oldest_version=7, version=9, software="manyhands 99", worker=WorkerId(name), profile=PROFILE,
+            data_addresses=(), epoch=0, phase=WorkerPhase.IDLE,
+        )  # fmt: skip
+        await worker.send(hello)
+        assert (await worker.expect(ErrorReport)).code == "version-mismatch"
+        assert (await status(client))["workers"] == []
+
+
+async def test_a_key_acts_under_its_own_name_and_role_only(model: Path, tmp_path: Path) -> None:
+    async with running(model, tmp_path) as cluster:
+        client = await cluster.client()
+        _, keys = await cluster.enroll(await client.invite(), "pi")
+        hello = Hello(
+            oldest_version=1, version=1, software="t", worker=WorkerId("desk"), profile=PROFILE, data_addresses=(),
+            epoch=0, phase=WorkerPhase.IDLE,
+        )  # fmt: skip
+        own = cluster.dealer(cluster.client_link, keys, b"pi/control")
+        await own.send(hello)
+        assert "pinned to worker pi" in (await own.expect(ErrorReport)).text
+        await own.send(StatusRequest())
+        assert "role worker may not send StatusRequest" in (await own.expect(ErrorReport)).text
+        await own.send(StepDone(epoch=1, step=1, tokens=(), step_s=0.1))
+        assert "role worker may not send StepDone" in (await own.expect(ErrorReport)).text
+        other = cluster.dealer(cluster.client_link, keys, b"desk/data")
+        await other.send(TileRequest(digest=b"d" * 32, offset=0, length=1))
+        assert "can't use the routing id" in (await other.expect(ErrorReport)).text
+        guest = cluster.dealer(await client.invite())
+        await guest.send(StatusRequest())
+        assert "role invited may not send" in (await guest.expect(ErrorReport)).text
+        assert (await status(client))["frames"]["refusals"] == 5  # type: ignore[index]
+
+
+# ---------------------------------------------------------------- answers
+
+
+async def ask_one(cluster: Cluster, **more: object) -> tuple[str, Finished]:
+    client = await cluster.client()
+    await client.ask("hi", **more)  # type: ignore[arg-type]
+    return await answer(client)
+
+
+async def test_a_request_streams_pieces(model: Path, tmp_path: Path) -> None:
+    async with running(model, tmp_path) as cluster:
+        head = await cluster.worker("desk", trusted=True, script="größe €".encode())
+        client = await cluster.client()
+        await client.ask("hi", max_tokens=11)
+        accepted = await client.expect(Accepted)
+        assert accepted.prompt_tokens == 2
+        text, finished = await answer(client)
+        assert text == "größe €"
+        assert finished.reason is FinishReason.LENGTH
+        assert (finished.usage.prompt_tokens, finished.usage.completion_tokens) == (2, 11)
+        assert finished.timings.total_s > 0
+        assert head.steps[0].rows[0].count == 2
+        text, finished = await ask_one(cluster, max_tokens=100, stop=("ö",))
+        assert (text, finished.reason, finished.usage.completion_tokens) == ("gr", FinishReason.STOP, 4)
+
+
+async def test_requests_wait_for_a_model_and_are_told_so(model: Path, tmp_path: Path) -> None:
+    async with running(model, tmp_path) as cluster:
+        client = await cluster.client()
+        await client.ask("hi", max_tokens=5)
+        waiting = await client.expect(Waiting)
+        assert "waiting" in waiting.phase
+        await cluster.worker("desk", trusted=True)
+        assert (await answer(client))[0] == "hello"
+
+
+async def test_cancel_ends_the_session_everywhere(model: Path, tmp_path: Path) -> None:
+    async with running(model, tmp_path) as cluster:
+        head = await cluster.worker("desk", trusted=True)
+        head.gate.clear()
+        client = await cluster.client()
+        await client.ask("hi", max_tokens=100)
+        await asyncio.wait_for(head.step_seen.wait(), 20)
+        await client.send(Cancel(request=RequestId("r")))
+        assert (await client.expect(Finished)).reason is FinishReason.CANCELLED
+        head.gate.set()
+        report = await status(client)
+        assert report["sessions"] == {"running": 0, "waiting": 0}
+        assert (await ask_one(cluster, max_tokens=1))[0] == "h"
+
+
+async def test_a_lost_worker_ends_answers_with_its_name(model: Path, tmp_path: Path) -> None:
+    async with running(model, tmp_path, lease_s=0.3, heartbeat_s=0.05) as cluster:
+        head = await cluster.worker("desk", trusted=True)
+        head.gate.clear()
+        client = await cluster.client()
+        await client.ask("hi", max_tokens=100)
+        await asyncio.wait_for(head.step_seen.wait(), 20)
+        await head.fall_silent()
+        with pytest.raises(PeerLost, match=r"desk was silent for 0\.3 s"):
+            await answer(client)
+        report = await status(client)
+        assert report["phase"] == "waiting" and "desk" in str(report["last_error"])
+        assert (await head.control.expect(ErrorReport)).code == "peer-lost"
+        head.gate.set()
+        await head.start(0.05)  # it is back
+        assert (await ask_one(cluster, max_tokens=5))[0] == "hello"
+
+
+async def test_bad_requests_are_told_and_harm_nobody(model: Path, tmp_path: Path) -> None:
+    async with running(model, tmp_path) as cluster:
+        head = await cluster.worker("desk", trusted=True)
+        head.gate.clear()
+        client = await cluster.client()
+        await client.ask("hi", name="good", max_tokens=5)
+        for name, text, more, code in (
+            ("good", "hi", {}, "request-invalid"),
+            ("long", "x" * 200, {}, "prompt-too-long"),
+            ("empty", "", {}, "request-invalid"),
+        ):
+            await client.ask(text, name=name, **more)
+            error = await client.expect(ErrorReport)
+            assert (error.request, error.code) == (name, code)
+        head.gate.set()
+        assert (await answer(client))[0] == "hello"
+
+
+# ---------------------------------------------------------------- hostile frames
+
+
+async def test_malformed_frames_do_not_end_the_loop(model: Path, tmp_path: Path) -> None:
+    bad_frames: tuple[tuple[bytes, ...], ...] = (
+        (b"",),
+        (b"\xc1",),
+        (b"\x91\xcd\xff\xff",),
+        (msgpack.packb([46]), b"surplus"),
+        (msgpack.packb([40, "r"]), b""),
+        (msgpack.packb([40, "", "text", 1, [0.0, 0, 1.0, 0.0, 1.0, 0]]), b""),
+        (b"\x9f" * 70_000,),
+        (b"[" * 5000,),
+    )
+    async with running(model, tmp_path) as cluster:
+        client = await cluster.client()
+        for frames in bad_frames:
+            await client.send_raw(*frames)
+            error = await client.expect(ErrorReport)
+            assert error.code in ("frame-malformed", "frame-too-large"), frames
+        worker = await cluster.worker("pi")
+        await worker.leave_data()
+        await worker.data.send_raw(msgpack.packb([31, 1, 1, [], 0.1]), b"surplus")
+        assert (await worker.data.expect(ErrorReport)).code == "frame-malformed"
+        report = await status(client)
+        assert report["frames"]["violations"] == len(bad_frames) + 1  # type: ignore[index]
+
+
+# ---------------------------------------------------------------- relay and tiles
+
+
+async def test_frames_are_relayed_between_linked_workers_only(model: Path, tmp_path: Path) -> None:
+    async with running(model, tmp_path, plan="1,1") as cluster:
+        head = await cluster.worker("desk", trusted=True, can_reach=False)
+        pi = await cluster.worker("pi", can_reach=False)
+        pad = await cluster.worker("pad")
+        client = await cluster.client()
+        report = await until_phase(client, "ready")
+        for worker in (head, pi, pad):
+            await worker.leave_data()
+        header = encode(Relay(source=WorkerId("desk"), target=WorkerId("pi")))
+        inside = [b"not looked at", b"\xc1" * 10]
+        await head.data.send_raw(*header, *inside)
+        assert await pi.data.receive_frames() == [*map(bytes, header), *inside]
+        await head.data.send_raw(*encode(Relay(source=WorkerId("pi"), target=WorkerId("desk"))), b"forged")
+        assert "relays as 'pi'" in (await head.data.expect(ErrorReport)).text
+        await pad.data.send_raw(*encode(Relay(source=WorkerId("pad"), target=WorkerId("pi"))), b"not of the plan")
+        await head.data.send_raw(*encode(Relay(source=WorkerId("desk"), target=WorkerId("nobody"))), b"x")
+        while (report := await status(client))["frames"]["dropped"] != 2:  # type: ignore[index]
+            pass
+        assert report["frames"]["relayed"] == 1  # type: ignore[index]
+        links = {worker["name"]: worker["link"] for worker in report["workers"]}  # type: ignore[attr-defined]
+        assert links["pi"] == "relay"
+        await pad.data.send(LinkHello(worker=WorkerId("pad"), epoch=1))  # spoken to workers, not to us
+        assert (await pad.data.expect(ErrorReport)).code == "access-refused"
+
+
+async def test_tiles_are_served_and_the_heads_stay_with_the_head(model: Path, tmp_path: Path) -> None:
+    async with running(model, tmp_path, plan="1,1") as cluster:
+        head, pi = await cluster.worker("desk", trusted=True), await cluster.worker("pi")
+        await until_phase(await cluster.client(), "ready")
+        assert not any(entry.tile.kind in HEAD_KINDS for entry in pi.manifest)
+        entry = next(entry for entry in pi.manifest if entry.tile.kind is TileKind.ATTENTION)
+        data = b""
+        while len(data) < entry.num_bytes:
+            length = min(1000, entry.num_bytes - len(data))
+            await pi.bulk.send(TileRequest(digest=entry.digest, offset=len(data), length=length))
+            chunk, payload = await pi.bulk.expect_with_payload(TileChunk)
+            assert (chunk.digest, chunk.offset, len(payload)) == (entry.digest, len(data), length)
+            data += payload
+        assert hashlib.sha256(data).digest() == entry.digest
+        embedding = next(entry for entry in head.manifest if entry.tile.kind is TileKind.EMBEDDING)
+        refused = TileRequest(digest=embedding.digest, offset=0, length=16)
+        for request, code in (
+            (refused, "access-refused"),
+            (TileRequest(digest=b"?" * 32, offset=0, length=1), "tile-unavailable"),
+            (TileRequest(digest=entry.digest, offset=entry.num_bytes, length=1), "frame-malformed"),
+        ):
+            await pi.bulk.send(request)
+            error = await pi.bulk.expect(ErrorReport)
+            assert (error.code, error.digest) == (code, request.digest)
+        await head.bulk.send(refused)
+        assert (await head.bulk.expect(TileChunk)).digest == embedding.digest
+
+
+# ---------------------------------------------------------------- status, start and end
+
+
+async def test_the_status_has_its_keys(model: Path, tmp_path: Path) -> None:
+    async with running(model, tmp_path, plan="1/1", name="home") as cluster:
+        await cluster.worker("desk", trusted=True)
+        client = await cluster.client()
+        assert (await status(client))["plan"] is None
+        await cluster.worker("pi")
+        report = await until_phase(client, "ready")
+    assert set(report) >= {
+        "cluster", "version", "term", "epoch", "phase", "detail", "model", "plan", "workers", "sessions", "totals",
+        "last_error",
+    }  # fmt: skip
+    assert report["cluster"] == "home"
+    assert report["model"]["layers"] == 2 and report["model"]["hidden"] == 32  # type: ignore[index]
+    assert report["model"]["parameters"] == 257 * 32 * 2 + 32 + 2 * (32 * 32 * 2 + 2 * 16 * 32 + 3 * 64 * 32 + 64)  # type: ignore[index]
+    assert report["plan"] == {
+        "words": "1/1",
+        "wire": "float32",
+        "head": "desk",
+        "stages": [
+            {"layers": [0, 1], "hub": "desk", "members": [{"worker": "desk", "groups": [0, 2], "ffn": [0, 2]}]},
+            {"layers": [1, 2], "hub": "pi", "members": [{"worker": "pi", "groups": [0, 2], "ffn": [0, 2]}]},
+        ],
+    }
+    workers = report["workers"]
+    assert isinstance(workers, list) and [worker["name"] for worker in workers] == ["desk", "pi"]
+    assert set(workers[0]) >= {
+        "name", "role", "phase", "device", "system", "cores", "memory_bytes", "budget_bytes", "resident_bytes",
+        "weight_bytes", "kv_bytes", "last_heard_s", "addresses", "link",
+    }  # fmt: skip
+    assert report["sessions"] == {"running": 0, "waiting": 0}
+    assert set(report["totals"]) == {"prompt_tokens", "completion_tokens", "requests", "errors"}  # type: ignore[call-overload]
+
+
+async def test_what_is_pinned_survives_a_restart(model: Path, tmp_path: Path) -> None:
+    async with running(model, tmp_path) as cluster:
+        first = cluster.client_link
+        _, keys = await cluster.enroll(Link.parse(cluster.join_links[0]), "pi")
+        assert (await (await cluster.client()).hello()).term == 1
+    async with running(model, tmp_path) as cluster:
+        second = cluster.client_link
+        assert (first.server_key, first.secret) == (second.server_key, second.secret)
+        assert (await (await cluster.client()).hello()).term == 2
+        worker = cluster.dealer(second, keys, b"pi/control")
+        hello = Hello(
+            oldest_version=1, version=1, software="t", worker=WorkerId("pi"), profile=PROFILE, data_addresses=(),
+            epoch=0, phase=WorkerPhase.IDLE,
+        )  # fmt: skip
+        await worker.send(hello)
+        assert (await worker.expect(Welcome)).term == 2
+
+
+async def test_stopping_tells_everybody_and_leaves_nothing(model: Path, tmp_path: Path) -> None:
+    process = psutil.Process()
+    gc.collect()
+    threads = {thread.name for thread in threading.enumerate()}
+    async with running(model, tmp_path) as cluster:
+        ready = json.loads((tmp_path / READY_FILE).read_text())
+        assert ready["pid"] == os.getpid() and ready["address"] in cluster.client_link.addresses
+        link_file = tmp_path / CLIENT_LINK_FILE
+        assert stat.S_IMODE(link_file.stat().st_mode) == 0o600
+        assert Link.parse(link_file.read_text()) == cluster.client_link
+        head = await cluster.worker("desk", trusted=True)
+        head.gate.clear()
+        client = await cluster.client()
+        await client.ask("hi", max_tokens=100)
+        await asyncio.wait_for(head.step_seen.wait(), 20)
+        told = asyncio.create_task(client.expect(ErrorReport))  # what is not read when the connection ends is lost
+        await cluster.end()
+        error = await told
+        assert (error.code, error.request) == ("overloaded", "r") and "stopping" in error.text
+        await asyncio.wait_for(head.unloaded.wait(), 20)
+        assert not (tmp_path / READY_FILE).exists()
+        assert link_file.exists()
+        with pytest.raises(OSError):
+            await asyncio.open_connection("127.0.0.1", int(ready["address"].rpartition(":")[2]))
+    assert {thread.name for thread in threading.enumerate()} <= threads
+    open_here = [file.path for file in process.open_files() if str(tmp_path) in file.path or str(model) in file.path]
+    assert open_here == []
+    async with running(model, tmp_path):  # the lock is free again
+        pass
+
+
+async def test_a_second_coordinator_in_the_same_folder_is_refused(model: Path, tmp_path: Path) -> None:
+    async with running(model, tmp_path):
+        with pytest.raises(ConfigInvalid, match="in use by another coordinator"):
+            async with running(model, tmp_path):
+                pass
+
+
+async def test_a_port_that_is_taken_is_named_and_everything_closed(model: Path, tmp_path: Path) -> None:
+    async with running(model, tmp_path / "one") as cluster:
+        port = int(cluster.client_link.addresses[0].rpartition(":")[2])
+        with pytest.raises(ConfigInvalid, match=f"can't listen on 127.0.0.1:{port}"):
+            async with running(model, tmp_path / "two", port=port):
+                pass
+    async with running(model, tmp_path / "two"):
+        pass
+
+
+async def test_sessions_are_released_on_the_workers(model: Path, tmp_path: Path) -> None:
+    async with running(model, tmp_path) as cluster:
+        head = await cluster.worker("desk", trusted=True)
+        await ask_one(cluster, max_tokens=1)
+        await head.leave_control()
+        await ask_one(cluster, max_tokens=1)
+        assert (await head.control.expect(Release)).sessions
