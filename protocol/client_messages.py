@@ -1,0 +1,117 @@
+"""Messages between coordinator and clients: requests, streams, status, invitations.
+
+Knows nothing of workers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from protocol.batches import Sampling
+from protocol.ids import RequestId, SessionId
+from protocol.message_table import (
+    MAX_PROMPT_BYTES,
+    MAX_STATUS_BYTES,
+    C,
+    U,
+    message,
+)
+from protocol.message_values import (
+    FinishReason,
+    PromptKind,
+    Timings,
+    TokenId,
+    Usage,
+)
+from protocol.schema import Count, Text, Within
+
+
+@message(40, U, C, reply="Accepted, Piece, Waiting, Finished or ErrorReport", payload_bytes=MAX_PROMPT_BYTES)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generate:
+    """Continue the prompt in the payload. `request` is the client's own name for it, unique to that client."""
+
+    request: Annotated[RequestId, Within(1, 64)]
+    prompt_kind: PromptKind
+    max_tokens: Annotated[int, Within(1, 2**31 - 1)]
+    sampling: Sampling
+    stop: Annotated[tuple[Annotated[str, Within(1, 256)], ...], Within(0, 16)] = ()
+    ignore_eos: bool = False
+
+
+@message(41, C, U)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accepted:
+    """The request is queued."""
+
+    request: RequestId
+    session: SessionId
+    prompt_tokens: Count
+
+
+@message(42, C, U)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """New tokens of a stream from number `index` on, and the text they make certain (maybe none yet)."""
+
+    request: RequestId
+    index: Count
+    text: Annotated[str, Within(0, 16_384)]
+    tokens: Annotated[tuple[TokenId, ...], Within(0, 1024)]
+
+
+@message(43, C, U)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waiting:
+    """Nothing new yet, but alive: what the request waits for."""
+
+    request: RequestId
+    phase: Text
+
+
+@message(44, C, U)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """The stream ended well."""
+
+    request: RequestId
+    reason: FinishReason
+    usage: Usage
+    timings: Timings
+
+
+@message(45, U, C, reply="Finished")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cancel:
+    """Stop this request; its work on the workers stops at the next step."""
+
+    request: RequestId
+
+
+@message(46, U, C, reply="StatusReport")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatusRequest:
+    """Ask what the cluster looks like."""
+
+
+@message(47, C, U, payload_bytes=MAX_STATUS_BYTES)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatusReport:
+    """Payload: the status as JSON (`ARCHITECTURE.md` names its keys)."""
+
+
+@message(48, U, C, reply="Invitation")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InviteRequest:
+    """Ask for a join link; `trusted`: its worker may be the head (only a client on the coordinator's machine)."""
+
+    trusted: bool = False
+
+
+@message(49, C, U)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Invitation:
+    """A join link with a fresh one-time token."""
+
+    link: Text

@@ -1,0 +1,263 @@
+"""Messages between coordinator and workers: errors, membership, plans, tiles.
+
+Knows nothing of steps (`protocol.step_messages`) or clients (`protocol.client_messages`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from protocol.errors import ManyhandsError, from_code
+from protocol.ids import SessionId, WorkerId
+from protocol.message_table import (
+    MAX_MANIFEST_BYTES,
+    MAX_TILE_CHUNK_BYTES,
+    C,
+    G,
+    H,
+    U,
+    W,
+    message,
+)
+from protocol.message_values import (
+    Addresses,
+    DeviceProfile,
+    LinkOrder,
+    Peer,
+    Period,
+    Version,
+    WorkerPhase,
+)
+from protocol.plans import Plan
+from protocol.schema import Count, Digest, Epoch, Name, NumBytes, PublicKey, Seconds, Text, Within
+
+# ---------------------------------------------------------------- any direction
+
+
+@message(1, {C, W, H}, {C, G, W, H, U})
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorReport:
+    """A typed error. `request` or `digest` say what it answers; both empty: the conversation itself."""
+
+    code: Name
+    text: Text
+    remedy: Text = ""
+    node: Text = ""
+    phase: Text = ""
+    request: Annotated[str, Within(0, 64)] = ""
+    digest: Annotated[bytes, Within(0, 32)] = b""
+
+    @staticmethod
+    def of(error: ManyhandsError, *, request: str = "", digest: bytes = b"", node: str = "") -> ErrorReport:
+        """Put an error into wire form, cut to its bounds."""
+        return ErrorReport(
+            code=error.code,
+            text=_sendable(error.message, 1000),
+            remedy=_sendable(error.remedy, 1000),
+            node=_sendable(error.node or node, 200),
+            phase=_sendable(error.phase, 200),
+            request=request,
+            digest=digest,
+        )
+
+    def error(self) -> ManyhandsError:
+        """Rebuild the error."""
+        return from_code(self.code, self.text, remedy=self.remedy, node=self.node, phase=self.phase)
+
+
+def _sendable(text: str, most: int) -> str:
+    """Cut a text, and replace what has no UTF-8: the odd bytes of a file's name arrive as lone surrogates."""
+    return text[:most].encode("utf-8", "replace").decode("utf-8")
+
+
+# ---------------------------------------------------------------- membership
+
+
+@message(2, G, C, reply="Enrolled")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Enroll:
+    """Under the key of an invitation: pin my own key, admit me under this name (made unique by the coordinator)."""
+
+    oldest_version: Version
+    version: Version
+    software: Text
+    name: Name
+    public_key: PublicKey
+
+
+@message(3, C, G)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Enrolled:
+    """Your key is pinned; dial again with it under this name."""
+
+    worker: WorkerId
+    cluster: Name
+
+
+@message(4, {W, H}, C, reply="Welcome")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """First message on a worker's control connection. `epoch` and `phase`: what it still holds from before."""
+
+    oldest_version: Version
+    version: Version
+    software: Text
+    worker: WorkerId
+    profile: DeviceProfile
+    data_addresses: Addresses
+    epoch: Epoch
+    phase: WorkerPhase
+
+
+@message(5, U, C, reply="Welcome")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientHello:
+    """First message of a client."""
+
+    oldest_version: Version
+    version: Version
+    software: Text
+
+
+@message(6, C, {W, H, U})
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Welcome:
+    """The version we speak from now on, and how often a worker must be heard."""
+
+    version: Version
+    software: Text
+    cluster: Name
+    term: Epoch
+    heartbeat_s: Period
+    lease_s: Period
+
+
+@message(7, {W, H}, C, reply="HeartbeatReply")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heartbeat:
+    """Sent by the control side, which compute can't block. `progress` counts ops computed and bytes loaded."""
+
+    sequence: Count
+    epoch: Epoch
+    phase: WorkerPhase
+    progress: NumBytes
+    resident_bytes: NumBytes
+    weight_bytes: NumBytes
+    kv_bytes: NumBytes
+
+
+@message(8, C, {W, H})
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeartbeatReply:
+    """Heard you; your lease runs from here."""
+
+    sequence: Count
+
+
+@message(9, {W, H}, C)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leave:
+    """The worker ends on purpose."""
+
+    reason: Text = ""
+
+
+# ---------------------------------------------------------------- plans
+
+
+@message(10, C, {W, H}, reply="Reached")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """Try to reach the data sockets of these peers, all at once, and say which answered."""
+
+    probe: Count
+    peers: Annotated[tuple[Peer, ...], Within(0, 256)]
+
+
+@message(11, {W, H}, C)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reached:
+    """The peers that answered a probe."""
+
+    probe: Count
+    workers: Annotated[tuple[WorkerId, ...], Within(0, 256)]
+
+
+@message(12, C, {W, H}, reply="Loaded", payload_bytes=MAX_MANIFEST_BYTES)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """Drop the plan before, fetch and load your tiles of this one, make these links. Payload: the manifest lines
+    (`protocol.frames.pack_manifest`) of the tiles this worker holds."""
+
+    plan: Plan
+    links: Annotated[tuple[LinkOrder, ...], Within(0, 256)]
+
+
+@message(13, {W, H}, C)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadProgress:
+    """How far fetching, loading or linking has come."""
+
+    epoch: Epoch
+    phase: Name  # fetch, load, link
+    done_bytes: NumBytes
+    total_bytes: NumBytes
+
+
+@message(14, {W, H}, C)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """Ready to compute under this epoch."""
+
+    epoch: Epoch
+    weight_bytes: NumBytes
+    fetched_bytes: NumBytes
+    resident_bytes: NumBytes
+    load_s: Seconds
+
+
+@message(15, C, {W, H})
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unload:
+    """This epoch is over: stop computing, drop its sessions. Cached tiles stay on disk."""
+
+    epoch: Epoch
+    reason: Text = ""
+
+
+@message(16, C, {W, H})
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Release:
+    """These sessions are over: free their KV cache."""
+
+    sessions: Annotated[tuple[SessionId, ...], Within(0, 1024)]
+
+
+@message(17, {W, H}, C)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """This worker could not go on under this epoch: loading or step failed, or a neighbour is gone."""
+
+    epoch: Epoch
+    error: ErrorReport
+    lost: Annotated[str, Within(0, 64)] = ""  # the neighbour whose link broke, when that is the reason
+
+
+@message(20, {W, H}, C, reply="TileChunk")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TileRequest:
+    """Ask for bytes `[offset, offset + length)` of a tile, by its hash."""
+
+    digest: Digest
+    offset: NumBytes
+    length: Annotated[int, Within(1, MAX_TILE_CHUNK_BYTES)]
+
+
+@message(21, C, {W, H}, payload_bytes=MAX_TILE_CHUNK_BYTES)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TileChunk:
+    """Bytes of a tile from `offset`; payload: the bytes."""
+
+    digest: Digest
+    offset: NumBytes

@@ -1,0 +1,119 @@
+"""The values that stand inside messages: devices, peers, links, sampled tokens, and the bounds of their fields.
+
+Knows nothing of which message carries them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated
+
+from protocol.batches import Sampling, SessionRows
+from protocol.ids import SessionId, WorkerId
+from protocol.schema import Count, Name, NumBytes, PublicKey, Seconds, Text, Within
+
+Addresses = Annotated[tuple[Text, ...], Within(0, 16)]
+Version = Annotated[int, Within(1, 10_000)]
+StepId = Annotated[int, Within(0, 2**53)]
+Rows = Annotated[tuple[SessionRows, ...], Within(1, 1024)]
+Period = Annotated[float, Within(0.01, 3600.0)]
+TokenId = Annotated[int, Within(0, 2**31 - 1)]
+
+
+class WorkerPhase(StrEnum):
+    """What a worker is doing, as it tells in its heartbeats."""
+
+    IDLE = "idle"
+    LOADING = "loading"
+    READY = "ready"
+    LEAVING = "leaving"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceProfile:
+    """A worker's device, as measured by itself."""
+
+    system: Text
+    machine: Text
+    cores: Count
+    memory_bytes: NumBytes
+    available_bytes: NumBytes
+    budget_bytes: NumBytes  # what its owner lets it take
+    device: Name  # cpu, cuda, mps
+    torch: Text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """How to reach a worker's data socket: direct addresses to dial, none when it can only be relayed to."""
+
+    worker: WorkerId
+    public_key: PublicKey
+    addresses: Addresses
+
+
+class LinkMode(StrEnum):
+    """How two workers of a plan exchange data frames, seen from one of them."""
+
+    DIAL = "dial"
+    LISTEN = "listen"
+    RELAY = "relay"  # through the coordinator
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkOrder:
+    """One link that a worker must hold under a plan."""
+
+    peer: Peer
+    mode: LinkMode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionSampling:
+    """Tells the head how a new session samples."""
+
+    session: SessionId
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledToken:
+    """The head's choice for one session; `logprob` is of the distribution before temperature and filters."""
+
+    session: SessionId
+    token: TokenId
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Tokens of a finished request."""
+
+    prompt_tokens: Count
+    completion_tokens: Count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """Where a request's time went, in seconds on the coordinator's clock."""
+
+    queued_s: Seconds
+    first_token_s: Seconds  # from acceptance to the first token
+    total_s: Seconds
+
+
+class FinishReason(StrEnum):
+    """Why a stream ended."""
+
+    LENGTH = "length"
+    STOP = "stop"  # a stop string or an end-of-text token
+    CANCELLED = "cancelled"
+
+
+class PromptKind(StrEnum):
+    """What the payload of `Generate` is."""
+
+    TEXT = "text"  # UTF-8
+    IDS = "ids"  # little-endian int32
+    CHAT = "chat"  # JSON list of {"role", "content"}
