@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from coordinator.admission import Channel
+from coordinator.admission import Channel, Route
 from coordinator.desk import Act, Desk, Say
 from coordinator.events import (
     DisconnectWorker,
@@ -68,15 +68,16 @@ class Actor:
         self._todo: deque[Event] = deque()
         self._is_running = False
         self._held: deque[_Held] = deque()
-        self._routes: dict[tuple[WorkerId, Channel], bytes] = {}
+        self._nonces: dict[WorkerId, str] = {}  # bounded by the number of pinned keys
 
-    def know_route(self, worker: WorkerId, channel: Channel, routing_id: bytes) -> None:
-        """Remember where a worker, proven by its key, was heard: answers and orders go there."""
-        self._routes[worker, channel] = routing_id
+    def know_nonce(self, route: Route) -> None:
+        """Remember from a worker's hello what its connections are called; steps held for those before are dropped."""
+        self._nonces[route.worker] = route.nonce
+        self._forget(route.worker)
 
-    def route(self, worker: WorkerId, channel: Channel) -> bytes:
+    def routing_id(self, worker: WorkerId, channel: Channel) -> bytes:
         """Return the routing id of a worker's connection."""
-        return self._routes.get((worker, channel), f"{worker}/{channel}".encode())
+        return Route(worker, channel, self._nonces.get(worker, "")).routing_id()
 
     def run(self, *events: Event) -> None:
         """Hand events to the core and carry out all that follows from them."""
@@ -110,7 +111,7 @@ class Actor:
 
     def forward(self, worker: WorkerId, frames: Sequence[Buffer]) -> bool:
         """Send frames as they are to a worker's data connection and say whether they were taken."""
-        return self._exchange.send(self.route(worker, Channel.DATA), frames)
+        return self._exchange.send(self.routing_id(worker, Channel.DATA), frames)
 
     def retry_held(self) -> None:
         """Try again to send steps to a head that was not connected; give it up when its time is over."""
@@ -132,7 +133,7 @@ class Actor:
             case DisconnectWorker():
                 _log.warning("worker %s: %s", effect.worker, effect.error)
                 self._forget(effect.worker)
-                self.send(self.route(effect.worker, Channel.CONTROL), ErrorReport.of(effect.error))
+                self.send(self.routing_id(effect.worker, Channel.CONTROL), ErrorReport.of(effect.error))
             case TokensCommitted():
                 self.act(self.desk.committed(effect, self.clock()))
             case SessionEnded():
@@ -152,7 +153,7 @@ class Actor:
                 raise InvariantBroken(f"{type(effect.message).__name__} carries no manifest")
             tiles = effect.message.plan.tiles_of(effect.worker)
             payload = pack_manifest(self._entries[tile] for tile in tiles)
-        if not self.send(self.route(effect.worker, Channel.CONTROL), effect.message, payload):
+        if not self.send(self.routing_id(effect.worker, Channel.CONTROL), effect.message, payload):
             self._lose(effect.worker, "its control connection can't be reached")
 
     def _send_step(self, effect: SendStep) -> None:

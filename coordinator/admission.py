@@ -47,10 +47,19 @@ CHANNELS = frozenset(Channel)
 
 
 class Route(NamedTuple):
-    """A worker's connection, as its routing id says: `<worker>/<channel>`, maybe with a nonce after it."""
+    """One of a worker's connections, as its routing id says: `<worker>/<channel>` or `<worker>/<channel>/<nonce>`.
+
+    A nonce that only the worker and the coordinator know keeps other workers from taking the name of a connection
+    before its owner dials; a fresh one at every start keeps a restarted worker apart from its own dead connection.
+    """
 
     worker: WorkerId
     channel: Channel
+    nonce: str = ""
+
+    def routing_id(self) -> bytes:
+        """Return the routing id that is written like this."""
+        return "/".join(part for part in (self.worker, self.channel.value, self.nonce) if part).encode()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,16 +202,16 @@ def require_may_send(party: Party, message: object) -> None:
 
 def route_of(party: Party, routing_id: bytes) -> Route:
     """Return which of a worker's connections this is; raises AccessRefused when it is named after somebody else."""
-    worker, _, rest = routing_id.partition(b"/")
-    channel = rest.partition(b"/")[0].decode("ascii", "replace")
-    if worker != party.name.encode() or channel not in CHANNELS:
+    worker, _, rest = routing_id.decode("ascii", "replace").partition("/")
+    channel, _, nonce = rest.partition("/")
+    if worker != party.name or channel not in CHANNELS:
         raise AccessRefused(
             f"the key of worker {party.name} can't use the routing id {routing_id[:80]!r}",
             node=party.name,
             phase="admission",
             remedy=f"name the connections {party.name}/control, {party.name}/bulk and {party.name}/data",
         )
-    return Route(WorkerId(party.name), Channel(channel))
+    return Route(WorkerId(party.name), Channel(channel), nonce)
 
 
 def agree_version(hello: Hello | ClientHello | Enroll, *, node: str, own_software: str) -> int:

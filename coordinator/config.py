@@ -1,4 +1,3 @@
-# ruff: noqa: RUF009 - `setting` declares a field, its defaults are immutable
 """Every setting of the coordinator, checked, with its default and what it is for.
 
 Knows nothing of flags, files or the environment (`protocol.settings` fills it from them), and opens nothing.
@@ -71,10 +70,11 @@ class CoordinatorConfig:
         for name in ("client_silence_s", "invite_hours"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} {getattr(self, name)} must be positive")
-        try:
-            parse_words(self.plan_words or "1")
-        except PlanImpossible as error:
-            raise ValueError(str(error)) from error
+        if self.plan_words is not None:
+            try:
+                parse_words(self.plan_words)
+            except PlanImpossible as error:
+                raise ValueError(error.message) from error
         self.policy()  # checks the rest
 
     @property

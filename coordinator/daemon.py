@@ -23,7 +23,7 @@ from coordinator.actor import Actor
 from coordinator.addresses import advertised, reachable_here
 from coordinator.client_side import ClientSide
 from coordinator.config import CoordinatorConfig, with_port
-from coordinator.desk import Desk
+from coordinator.desk import Desk, Say
 from coordinator.events import Stopping, Tick
 from coordinator.exchange import Exchange
 from coordinator.invitations import Invitations
@@ -33,7 +33,7 @@ from coordinator.status import RimCounts, render_status
 from coordinator.switchboard import Switchboard
 from coordinator.tile_service import TileService
 from coordinator.worker_side import WorkerSide
-from protocol.errors import Cancelled, Overloaded
+from protocol.errors import Cancelled, InvariantBroken, ManyhandsError, Overloaded
 from protocol.messages import VERSION, Welcome
 from protocol.version import SOFTWARE
 
@@ -75,13 +75,16 @@ async def serve(config: CoordinatorConfig, stop: asyncio.Event, callbacks: Callb
     with ExitStack() as opened:
         home = Home.open(config, time.time())
         opened.callback(home.close)
+        address = with_port(config.host, config.port)
+        # A rehearsal: that the port is taken should be told before minutes of hashing, not after.
+        Exchange(address, home.server_keys, home.book.knows).close()
         model = await _open_model(config, stop, callbacks.on_progress)
         tiles = TileService(model.catalogue)
         opened.callback(tiles.close)
         prompt_pool = ThreadPoolExecutor(PROMPT_THREADS, "prompt")
         opened.callback(prompt_pool.shutdown, cancel_futures=True)
         state = ClusterState(model.spec, config.policy(), term=home.term)
-        exchange = Exchange(with_port(config.host, config.port), home.server_keys, home.book.knows)
+        exchange = Exchange(address, home.server_keys, home.book.knows)
         opened.callback(exchange.close)
         daemon = Daemon(config=config, home=home, model=model, exchange=exchange, state=state, callbacks=callbacks)
         daemon.connect(tiles, prompt_pool)
@@ -158,12 +161,17 @@ class Daemon:
                 await stop.wait()  # for ever: this is the life of the process
                 for task in self._tasks:
                     task.cancel()
-        except ExceptionGroup as errors:  # one bug is enough to end; the first is the one to tell
+        except ExceptionGroup as errors:  # the edge of the loop; one bug is enough to end, the first is the one to tell
             _log.critical("the coordinator ends because of a bug", exc_info=errors)
+            self._hang_up(InvariantBroken("the coordinator ended because of a bug", phase="stop"))
             raise errors.exceptions[0] from errors
+        else:
+            stopping = Stopping()
+            self._actor.run(stopping)
+            self._hang_up(Overloaded(stopping.reason, remedy="ask again when it is back", phase="stop"))
+            _log.info("stopped")
         finally:
             self._group = None
-            self._say_goodbye()
             # A peer drops what it has not read yet when the connection ends; give it the time to read.
             await asyncio.sleep(GOODBYE_S)
 
@@ -210,9 +218,8 @@ class Daemon:
         status = actor.state.status(actor.clock())
         return render_status(status, cluster=self._home.cluster, spec=self._model.spec, counts=counts)
 
-    def _say_goodbye(self) -> None:
-        stopping = Stopping()
-        self._actor.run(stopping)
-        error = Overloaded(stopping.reason, remedy="ask again when it is back", phase="stop")
-        self._actor.act(self._actor.desk.close(error))
-        _log.info("stopped")
+    def _hang_up(self, error: ManyhandsError) -> None:
+        """Tell the clients whose requests the core has not ended itself."""
+        for act in self._actor.desk.close(error):
+            if isinstance(act, Say):
+                self._actor.send(act.client, act.message)

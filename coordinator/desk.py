@@ -39,6 +39,7 @@ MAX_READING = 64  # prompts being turned into tokens at once
 MAX_OPEN_PER_CLIENT = 256
 MAX_PIECE_CHARS = 8192  # at most 4 bytes each: well inside a header
 MAX_PIECE_TOKENS = 1024
+MAX_PHASE_CHARS = 1000
 READING = "reading the prompt"
 
 
@@ -210,7 +211,7 @@ class Desk:
             if now - ticket.last_said >= SAY_EVERY_S:
                 ticket.last_said = now
                 phase = READING if ticket.session is None else phase_of(ticket.session)
-                acts.append(Say(ticket.client, Waiting(request=ticket.request, phase=phase)))
+                acts.append(Say(ticket.client, Waiting(request=ticket.request, phase=phase[:MAX_PHASE_CHARS])))
         return acts
 
     def close(self, error: ManyhandsError) -> list[Act]:

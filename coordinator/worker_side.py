@@ -102,7 +102,6 @@ class WorkerSide:
         if isinstance(message, Hello):
             self._hello(party, envelope, message)
             return
-        self._actor.know_route(worker, route.channel, envelope.routing_id)
         if report is not None:
             self._actor.run(report(worker, message))
             return
@@ -125,7 +124,7 @@ class WorkerSide:
         if route.channel is not Channel.CONTROL:
             raise AccessRefused(f"{worker} says hello on its {route.channel} connection", node=worker, phase="hello")
         version = agree_version(hello, node=worker, own_software=SOFTWARE)
-        self._actor.know_route(worker, Channel.CONTROL, envelope.routing_id)
+        self._actor.know_nonce(route)
         _log.info("worker %s (%s) is here: %s", worker, party.role, hello.software)
         self._actor.send(envelope.routing_id, self._welcome_of(version))
         self._actor.run(WorkerJoined(worker=worker, role=party.role, public_key=envelope.public_key, hello=hello))

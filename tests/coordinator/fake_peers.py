@@ -230,7 +230,7 @@ class Cluster:
         return worker, keys
 
     async def worker(
-        self, name: str, *, trusted: bool = False, script: bytes = b"hello", can_reach: bool = True
+        self, name: str, *, trusted: bool = False, script: bytes = b"hello", can_reach: bool = True, nonce: str = ""
     ) -> FakeWorker:
         """Invite, enrol and start a worker."""
         client = FakeClient(self.context, self.client_link, self.client_link.keys, b"inviter-" + name.encode())
@@ -238,7 +238,7 @@ class Cluster:
         client.socket.close()
         worker, keys = await self.enroll(link, name)
         control, data, bulk = (
-            self.dealer(link, keys, f"{worker}/{channel}".encode()) for channel in ("control", "data", "bulk")
+            self.dealer(link, keys, f"{worker}/{channel}{nonce}".encode()) for channel in ("control", "data", "bulk")
         )
         gate = asyncio.Event()
         gate.set()

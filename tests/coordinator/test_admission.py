@@ -206,11 +206,18 @@ def test_the_table_decides_who_may_send(message: object, allowed: set[Role]) -> 
 
 
 @pytest.mark.parametrize(
-    ("routing_id", "channel"),
-    [(b"pi/control", "control"), (b"pi/bulk", "bulk"), (b"pi/data", "data"), (b"pi/data/7f3a", "data")],
+    ("routing_id", "channel", "nonce"),
+    [
+        (b"pi/control", "control", ""),
+        (b"pi/bulk", "bulk", ""),
+        (b"pi/data", "data", ""),
+        (b"pi/data/7f3a", "data", "7f3a"),
+    ],
 )
-def test_routing_ids_of_the_own_name_pass(routing_id: bytes, channel: str) -> None:
-    assert route_of(Party(Role.WORKER, "pi"), routing_id) == Route(WorkerId("pi"), Channel(channel))
+def test_routing_ids_of_the_own_name_pass(routing_id: bytes, channel: str, nonce: str) -> None:
+    route = route_of(Party(Role.WORKER, "pi"), routing_id)
+    assert route == Route(WorkerId("pi"), Channel(channel), nonce)
+    assert route.routing_id() == routing_id
 
 
 @pytest.mark.parametrize(

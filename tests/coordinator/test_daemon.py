@@ -229,6 +229,66 @@ async def test_a_lost_worker_ends_answers_with_its_name(model: Path, tmp_path: P
         assert (await ask_one(cluster, max_tokens=5))[0] == "hello"
 
 
+async def test_a_client_that_vanishes_or_falls_silent_is_cancelled(model: Path, tmp_path: Path) -> None:
+    async with running(model, tmp_path, client_silence_s=0.5) as cluster:
+        head = await cluster.worker("desk", trusted=True)
+        head.gate.clear()
+        gone, quiet, watch = await cluster.client(), await cluster.client(), await cluster.client()
+        await gone.ask("hi", max_tokens=100)
+        await quiet.ask("hi", max_tokens=100)
+        await asyncio.wait_for(head.step_seen.wait(), 20)
+        gone.socket.close()
+        error = await quiet.expect(ErrorReport)
+        assert (error.code, error.request) == ("cancelled", "r")
+        while (report := await status(watch))["sessions"] != {"running": 0, "waiting": 0}:
+            pass
+        assert report["totals"]["requests"] == 2  # type: ignore[index]
+
+
+async def test_a_head_without_its_data_connection_is_given_up(model: Path, tmp_path: Path) -> None:
+    async with running(model, tmp_path, lease_s=0.4, heartbeat_s=0.05) as cluster:
+        head = await cluster.worker("desk", trusted=True)
+        client = await cluster.client()
+        await until_phase(client, "ready")
+        await head.leave_data()
+        head.data.socket.close()
+        with pytest.raises(PeerLost, match="desk left: its data connection can't be reached"):
+            while True:  # until the coordinator has noticed that the connection is closed
+                await client.ask("hi", max_tokens=1)
+                await answer(client)
+
+
+async def test_connections_with_a_nonce_are_told_apart(model: Path, tmp_path: Path) -> None:
+    async with running(model, tmp_path) as cluster:
+        client = await cluster.client()
+        thief_name, thief_keys = await cluster.enroll(await client.invite(), "thief")
+        thief = cluster.dealer(cluster.client_link, thief_keys, b"desk/data")  # before its owner
+        await thief.send(TileRequest(digest=b"d" * 32, offset=0, length=1))
+        assert "can't use the routing id" in (await thief.expect(ErrorReport)).text
+        head = await cluster.worker("desk", trusted=True, nonce="/5eed")
+        assert (await ask_one(cluster, max_tokens=5))[0] == "hello"
+        assert thief_name == "thief" and len(head.steps) == 5
+
+
+async def test_a_bug_ends_the_coordinator_loudly(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(model, tmp_path) as cluster:
+        client = await cluster.client()
+        await client.ask("hi")
+        await client.expect(Accepted)
+
+        def broken(*_: object) -> None:
+            raise RuntimeError("a bug")
+
+        monkeypatch.setattr("coordinator.state.ClusterState.handle", broken)
+        assert (await client.expect(ErrorReport)).code == "invariant-broken"
+        with pytest.raises(RuntimeError, match="a bug"):
+            await asyncio.wait_for(cluster.task, 20)
+        assert "ends because of a bug" in caplog.text
+        assert not (tmp_path / READY_FILE).exists()
+
+
 async def test_bad_requests_are_told_and_harm_nobody(model: Path, tmp_path: Path) -> None:
     async with running(model, tmp_path) as cluster:
         head = await cluster.worker("desk", trusted=True)
