@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -117,9 +117,13 @@ class Executor:
 
     # ------------------------------------------------------------ Post, for the star and the steps
 
-    def send(self, target: WorkerId, message: object, payload: Buffer | None) -> None:
-        """Send through the links."""
-        self._links.send(target, message, payload)
+    def send(self, targets: Sequence[WorkerId], message: object, payload: Buffer) -> None:
+        """Send to neighbours."""
+        self._links.send(targets, message, payload)
+
+    def send_up(self, message: object) -> None:
+        """Send to the coordinator."""
+        self._links.send_up(message)
 
     def next_star_frame(self, timeout_s: float) -> StarFrame | None:
         """Return the next `Partial` or `Sum`; what else arrives waits for its turn."""

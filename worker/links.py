@@ -34,7 +34,7 @@ from protocol.security import Gate, KeyPair
 from protocol.transport import bind_router, dial, envelope_of
 from worker.coordinator_line import CoordinatorLine, StepFrames, read_line
 from worker.peer import Peer, sockets_of
-from worker.sending import MAX_FRAME_BYTES, send_within
+from worker.sending import MAX_FRAME_BYTES, receive_now, send_now, send_within
 from worker.waker import Waker
 from worker.wire import pack_data, unpack_data
 
@@ -42,6 +42,7 @@ DRAIN: Final = 64  # messages taken from one socket before the others have their
 MAX_STASHED: Final = 1024
 TICK_S: Final = 0.02  # while links are being made
 BETWEEN_WORKERS: Final = (Activation, Partial, Sum)
+POLLIN: Final = int(zmq.POLLIN)
 COORDINATOR: Final = WorkerId("")
 _log = logging.getLogger(__name__)
 
@@ -116,20 +117,21 @@ class Links:
 
     # ------------------------------------------------------------ frames
 
-    def send(self, target: WorkerId, message: object, payload: Buffer | None = None) -> None:
-        """Send to a neighbour, or to the coordinator (COORDINATOR). A large payload must stay unchanged for good.
+    def send(self, targets: Sequence[WorkerId], message: object, payload: Buffer | None = None) -> None:
+        """Send the same bytes to neighbours, in order. A large payload must stay unchanged for good.
 
-        Raises PeerLost or CoordinatorLost when the connection is gone or does not take it within 5 s.
+        Raises PeerLost or CoordinatorLost when a connection is gone or does not take it within 5 s.
         """
-        if target == COORDINATOR:
-            self._line.send(encode(message, payload))
-            return
-        peer = self._peers[target]
         frames = pack_data(message, payload)
-        try:
-            self._send_to_peer(peer, frames)
-        except zmq.ZMQError as error:
-            raise PeerLost(f"{target} can't be sent to: {error.strerror}", node=target, phase="send") from error
+        for target in targets:
+            try:
+                self._send_to_peer(self._peers[target], frames)
+            except zmq.ZMQError as error:
+                raise PeerLost(f"{target} can't be sent to: {error.strerror}", node=target, phase="send") from error
+
+    def send_up(self, message: object, payload: Buffer | None = None) -> None:
+        """Send to the coordinator; raises CoordinatorLost."""
+        self._line.send(encode(message, payload))
 
     def receive(self, timeout_s: float) -> Arrival | None:
         """Return the next message of this epoch; None after `timeout_s` or when woken.
@@ -193,7 +195,7 @@ class Links:
     def _drain_listener(self) -> None:
         for _ in range(DRAIN):
             try:
-                frames = self._listener.recv_multipart(zmq.NOBLOCK, copy=False)
+                frames = receive_now(self._listener)
             except zmq.Again:
                 return
             envelope = envelope_of(frames)
@@ -218,7 +220,7 @@ class Links:
             peer.route, peer.descriptor, peer.is_linked = route, descriptor, True
         frames = encode(LinkWelcome(worker=self._line.own, epoch=hello.epoch))
         try:
-            self._listener.send_multipart([route, *frames], zmq.NOBLOCK)
+            send_now(self._listener, [route, *frames])
         except zmq.ZMQError as error:  # it asked and went; when it is a neighbour, the break shows on its own
             _log.info("no way back to %s: %s", hello.worker, error.strerror)
 
@@ -248,7 +250,7 @@ class Links:
     def _drain(self, socket: zmq.Socket[bytes], take: Callable[[list[memoryview]], None]) -> None:
         for _ in range(DRAIN):
             try:
-                frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                frames = receive_now(socket)
             except zmq.Again:
                 return
             take([frame.buffer for frame in frames])
@@ -312,7 +314,7 @@ class Links:
         frames: list[Buffer] = encode(LinkHello(worker=self._line.own, epoch=self.epoch))
         try:
             if peer.dealer is not None:
-                peer.dealer.send_multipart(frames, zmq.NOBLOCK)
+                send_now(peer.dealer, frames)
             elif self._line.is_up:
                 self._line.relay(peer.worker, frames)
             else:
@@ -332,4 +334,4 @@ class Links:
     def _refresh(self) -> None:
         items = [self._listener, self._waker.fileno(), self._monitor, self._line.socket]
         items += sockets_of(list(self._peers.values()))
-        self._poll_items = [(item, zmq.POLLIN) for item in items if item is not None]
+        self._poll_items = [(item, POLLIN) for item in items if item is not None]

@@ -17,6 +17,8 @@ from protocol.messages import MAX_TENSOR_BYTES
 MAX_FRAME_BYTES: Final = MAX_TENSOR_BYTES + 2**20
 COPY_MOST_BYTES: Final = 64 * 1024
 SEND_DEADLINE_S: Final = 5.0
+NOBLOCK: Final = int(zmq.NOBLOCK)  # plain numbers: adding two members of pyzmq's enum takes as long as sending 4 KiB
+NOBLOCK_MORE: Final = int(zmq.NOBLOCK) + int(zmq.SNDMORE)
 
 
 def send_within(socket: zmq.Socket[Any], frames: Sequence[Buffer], deadline_s: float = SEND_DEADLINE_S) -> None:
@@ -24,13 +26,31 @@ def send_within(socket: zmq.Socket[Any], frames: Sequence[Buffer], deadline_s: f
 
     Raises zmq.Again when it is not taken in time, ZMQError when there is no way to the peer.
     """
-    copy = memoryview(frames[-1]).nbytes <= COPY_MOST_BYTES
-    deadline = time.monotonic() + deadline_s
+    deadline = 0.0
     while True:
         try:
-            socket.send_multipart(frames, zmq.NOBLOCK, copy=copy)
+            send_now(socket, frames)
             return
         except zmq.Again:
+            deadline = deadline or time.monotonic() + deadline_s
             if time.monotonic() >= deadline:
                 raise
             socket.poll(50, zmq.POLLOUT)
+
+
+def send_now(socket: zmq.Socket[Any], frames: Sequence[Buffer]) -> None:
+    """Send or raise zmq.Again; either all frames are taken or none."""
+    for frame in frames[:-1]:
+        socket.send(frame, NOBLOCK_MORE)
+    last = frames[-1]
+    socket.send(last, NOBLOCK, copy=len(last) <= COPY_MOST_BYTES)
+
+
+def receive_now(socket: zmq.Socket[Any]) -> list[zmq.Frame]:
+    """Return the frames of one message, not copied, or raise zmq.Again."""
+    frame = socket.recv(NOBLOCK, copy=False)
+    frames = [frame]
+    while frame.more:
+        frame = socket.recv(0, copy=False)
+        frames.append(frame)
+    return frames

@@ -8,6 +8,7 @@ Shapes: T rows of a batch, D hidden.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
 import torch
@@ -36,8 +37,8 @@ class StarFrame(NamedTuple):
 class Post(Protocol):
     """What the star needs of the outside."""
 
-    def send(self, target: WorkerId, message: object, payload: Buffer | None) -> None:
-        """Send to a member; raises PeerLost."""
+    def send(self, targets: Sequence[WorkerId], message: object, payload: Buffer) -> None:
+        """Send the same message to members; raises PeerLost."""
         ...
 
     def next_star_frame(self, timeout_s: float) -> StarFrame | None:
@@ -57,6 +58,7 @@ class Star:
         stage = plan.stages[number]
         self._plan = plan
         self._members = tuple(share.worker for share in stage.members)
+        self._others = tuple(worker for worker in self._members if worker != own)
         self._rank = stage.rank_of(own)
         self._hub = stage.hub
         self._post = post
@@ -104,10 +106,8 @@ class Star:
         total_TD = sum_partials(parts, self._plan.wire)
         message = Sum(epoch=self._plan.epoch, step=operation.step, op=operation.op, format=self._plan.wire)
         payload = to_wire(total_TD, self._plan.wire)
-        for rank, member in enumerate(self._members):
-            if rank != self._rank:
-                self._post.send(member, message, payload)
-                self.num_bytes += len(payload)
+        self._post.send(self._others, message, payload)
+        self.num_bytes += len(payload) * len(self._others)
         return total_TD
 
     def _ask_hub(self, operation: Operation, shape: tuple[int, int], own_TD: Tensor | None) -> Tensor:
@@ -115,7 +115,7 @@ class Star:
         if own_TD is not None:
             message = Partial(epoch=plan.epoch, step=operation.step, op=operation.op, rank=self._rank, format=plan.wire)
             payload = to_wire(own_TD, plan.wire)
-            self._post.send(hub, message, payload)
+            self._post.send((hub,), message, payload)
             self.num_bytes += len(payload)
         frame = self._next(operation, (hub,))
         if not isinstance(frame.message, Sum) or frame.sender != hub:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,10 +27,17 @@ from runtime.head import Head
 from runtime.reduce import from_wire, to_wire
 from runtime.sampler import choose
 from runtime.tensors import dtype_of
-from worker.links import COORDINATOR
 from worker.star import Post, Star
 
 Rows = tuple[SessionRows, ...]
+
+
+class HeadPost(Post, Protocol):
+    """What the steps need of the outside beside the star's needs."""
+
+    def send_up(self, message: object) -> None:
+        """Send to the coordinator; raises CoordinatorLost."""
+        ...
 
 
 @dataclass(slots=True)
@@ -59,7 +67,7 @@ class StepRunner:
     """One worker's work under one plan."""
 
     def __init__(
-        self, plan: Plan, own: WorkerId, parts: Parts, post: Post, clock: Callable[[], float] = time.monotonic
+        self, plan: Plan, own: WorkerId, parts: Parts, post: HeadPost, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._plan = plan
         self._own = own
@@ -123,7 +131,7 @@ class StepRunner:
         is_last = stage == len(self._plan.stages)
         target = self._plan.head if is_last else self._plan.stages[stage].hub_worker
         if target != self._own:
-            self._post.send(target, self._activation(stage, step, rows), to_wire(hidden_TD, self._plan.wire))
+            self._post.send((target,), self._activation(stage, step, rows), to_wire(hidden_TD, self._plan.wire))
         elif is_last:
             self._finish(step, rows, hidden_TD)
         else:
@@ -137,9 +145,7 @@ class StepRunner:
         is_hub = stage.hub_worker == self._own
         if is_hub and len(stage.members) > 1:
             message, payload = self._activation(self._number, step, rows), to_wire(hidden_TD, self._plan.wire)
-            for share in stage.members:
-                if share.worker != self._own:
-                    self._post.send(share.worker, message, payload)
+            self._post.send([share.worker for share in stage.members if share.worker != self._own], message, payload)
         count = num_rows(rows)
         hidden_TD = self._parts.stage.forward(hidden_TD, rows, lambda op, part: star.reduce(step, count, op, part))
         if is_hub:
@@ -157,7 +163,7 @@ class StepRunner:
         done = StepDone(
             epoch=self._plan.epoch, step=step, tokens=tuple(tokens), step_s=max(0.0, self._clock() - started)
         )
-        self._post.send(COORDINATOR, done, None)
+        self._post.send_up(done)
 
     def _sample(self, part: SessionRows, logits_V: Tensor) -> SampledToken:
         stream = self._streams.get(part.session)
