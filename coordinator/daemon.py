@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 import psutil
 
@@ -41,15 +42,17 @@ TICK_S: Final = 0.1
 MESSAGES_A_TURN: Final = 64  # after so many without a pause, let timers and tile reads have their turn
 PROMPT_THREADS: Final = 2
 GOODBYE_S: Final = 0.2
+STOP_GRACE_S: Final = 2.0
 
 _log = logging.getLogger(__name__)
 
 
-class Ready(NamedTuple):
-    """Where a coordinator listens. `client_link` holds a secret."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """Where a coordinator listens. `client_link` holds a secret, so it does not show in repr."""
 
     addresses: tuple[str, ...]
-    client_link: str
+    client_link: str = field(repr=False)
     cluster: str
 
 
@@ -92,16 +95,36 @@ async def serve(config: CoordinatorConfig, stop: asyncio.Event, callbacks: Callb
 
 
 async def _open_model(config: CoordinatorConfig, stop: asyncio.Event, on_progress: Progress | None) -> Model:
-    """Open the model in a thread; `stop` ends it at the next tile that is hashed."""
-    tell = told_progress(on_progress)
+    """Open the model in a thread; raises Cancelled when `stop` is set before it is open.
+
+    Hashing ends at the next tile. A download can't be ended: after a grace its thread is left to die with the process.
+    """
+    tell, result = told_progress(on_progress), Future[Model]()
 
     def progress(done: int, total: int) -> None:
         if stop.is_set():
             raise Cancelled("stopped while the model was being read", phase="start")
         tell(done, total)
 
-    with ThreadPoolExecutor(1, "open-model") as pool:
-        return await asyncio.get_running_loop().run_in_executor(pool, open_model, config, progress)
+    def work() -> None:
+        try:
+            result.set_result(open_model(config, progress))
+        except BaseException as error:  # noqa: BLE001  carried to who waits for the result
+            result.set_exception(error)
+
+    threading.Thread(target=work, name="open-model", daemon=True).start()
+    opened, stopped = asyncio.wrap_future(result), asyncio.ensure_future(stop.wait())
+    try:
+        either: set[asyncio.Future[Any]] = {opened, stopped}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)  # minutes: as long as it takes
+        if opened.done():
+            return opened.result()
+        await asyncio.wait({opened}, timeout=STOP_GRACE_S)
+    finally:
+        stopped.cancel()
+    if opened.done() and opened.exception() is None:
+        opened.result().catalogue.close()
+    raise Cancelled("stopped before the model was open", phase="start")
 
 
 class Daemon:
@@ -152,7 +175,11 @@ class Daemon:
         here = reachable_here(self._config.host, self._exchange.port, self._addresses)
         self._home.tell_ready(here)
         _log.info("cluster %s listens on %s", self._home.cluster, ", ".join(self._addresses))
-        self._callbacks.on_ready(Ready(self._addresses, self._home.client_link(here).format(), self._home.cluster))
+        self._callbacks.on_ready(
+            Ready(
+                addresses=self._addresses, client_link=self._home.client_link(here).format(), cluster=self._home.cluster
+            )
+        )
         self._tell_join_link()
         try:
             async with asyncio.TaskGroup() as self._group:

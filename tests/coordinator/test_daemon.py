@@ -15,8 +15,10 @@ import msgpack
 import psutil
 import pytest
 
+from coordinator.config import CoordinatorConfig
+from coordinator.daemon import serve
 from coordinator.startup import CLIENT_LINK_FILE, READY_FILE
-from protocol.errors import ConfigInvalid, PeerLost
+from protocol.errors import Cancelled, ConfigInvalid, PeerLost
 from protocol.frames import encode
 from protocol.ids import RequestId, WorkerId
 from protocol.messages import (
@@ -474,6 +476,32 @@ async def test_stopping_tells_everybody_and_leaves_nothing(model: Path, tmp_path
     open_here = [file.path for file in process.open_files() if str(tmp_path) in file.path or str(model) in file.path]
     assert open_here == []
     async with running(model, tmp_path):  # the lock is free again
+        pass
+
+
+async def test_it_stops_while_the_model_is_being_opened(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, gate = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def download(name: str) -> Path:
+        loop.call_soon_threadsafe(entered.set)
+        gate.wait(20)
+        return model
+
+    monkeypatch.setattr("coordinator.startup.find_model_folder", download)
+    monkeypatch.setattr("coordinator.daemon.STOP_GRACE_S", 0.01)
+    stop = asyncio.Event()
+    config = CoordinatorConfig(model="some/model", port=0, state_dir=tmp_path, cache_dir=tmp_path / "cache")
+    task = asyncio.create_task(serve(config, stop))
+    await asyncio.wait_for(entered.wait(), 20)
+    stop.set()
+    with pytest.raises(Cancelled, match="stopped before the model was open"):
+        await asyncio.wait_for(task, 20)
+    gate.set()
+    [thread.join(20) for thread in threading.enumerate() if thread.name == "open-model"]
+    async with running(model, tmp_path):  # the state folder is free again
         pass
 
 
