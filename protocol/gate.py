@@ -77,15 +77,23 @@ class Gate:
         self.close()
 
     def _run(self, questions: zmq.Socket[bytes], stopped: socket.socket) -> None:
-        with contextlib.closing(questions), stopped, contextlib.suppress(zmq.ContextTerminated):
-            poller = zmq.Poller()
-            poller.register(questions, zmq.POLLIN)
-            poller.register(stopped, zmq.POLLIN)
-            while True:
-                ready = dict(poller.poll())
-                if stopped.fileno() in ready:
-                    return
-                questions.send_multipart(self._answer(questions.recv_multipart()))
+        with contextlib.closing(questions), stopped:
+            try:
+                self._answer_all(questions, stopped)
+            except zmq.ContextTerminated:
+                _log.debug("gate: closed with its context")
+            except zmq.ZMQError:
+                _log.critical("gate: broke, so everybody is refused from now on; restart this process", exc_info=True)
+
+    def _answer_all(self, questions: zmq.Socket[bytes], stopped: socket.socket) -> None:
+        poller = zmq.Poller()
+        poller.register(questions, zmq.POLLIN)
+        poller.register(stopped, zmq.POLLIN)
+        while True:
+            ready = dict(poller.poll())
+            if stopped.fileno() in ready:
+                return
+            questions.send_multipart(self._answer(questions.recv_multipart()))
 
     def _answer(self, question: list[bytes]) -> list[bytes]:
         """Answer one ZAP request: version, request id, domain, address, routing id, mechanism, credentials..."""

@@ -72,6 +72,9 @@ def require_tiling(spans: tuple[Span, ...], num_items: int, what: str) -> None:
         raise ValueError(f"{what}: spans end at {position}, not at {num_items}")
 
 
+INT4_GROUP = 32
+
+
 class RopeKind(StrEnum):
     """Which rotary frequencies a model uses."""
 
@@ -148,6 +151,20 @@ class ModelSpec:
             raise ValueError(f"sliding_windows has {len(self.sliding_windows)} entries for {self.layers} layers")
         if not 0 < self.norm_eps < math.inf:
             raise ValueError(f"norm_eps {self.norm_eps} must be positive and finite")
+        if self.weights is WeightFormat.INT4:
+            self._require_groups()
+
+    def _require_groups(self) -> None:
+        """Groups of int4 weights lie along the input and must not cross a tile."""
+        for name, cols in (
+            ("hidden", self.hidden),
+            ("heads / kv_heads * head_dim", self.queries_per_group * self.head_dim),
+            ("intermediate", self.intermediate),
+        ):
+            if cols % INT4_GROUP:
+                raise ValueError(f"int4 needs groups of {INT4_GROUP} columns, {name} {cols} is no multiple of that")
+        if self.ffn_tiles * INT4_GROUP > self.intermediate:
+            raise ValueError(f"int4 needs FFN tiles of {INT4_GROUP} columns, {self.ffn_tiles} are too many")
 
     @property
     def queries_per_group(self) -> int:

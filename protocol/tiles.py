@@ -14,12 +14,11 @@ from enum import StrEnum
 from typing import Annotated, NamedTuple
 
 from protocol.schema import Digest, NumBytes, Within
-from protocol.specs import FFN_TILE_ALIGN, ActivationFormat, ModelSpec, Span, WeightFormat
+from protocol.specs import FFN_TILE_ALIGN, INT4_GROUP, ActivationFormat, ModelSpec, Span, WeightFormat
 
 PART_ALIGN = 64
 HEAD_LAYER = -1
 LM_HEAD_ROWS = 4096
-INT4_GROUP = 32
 
 
 class TileKind(StrEnum):
@@ -99,20 +98,17 @@ class _Layout:
         if weights is WeightFormat.INT8:
             self.add(name, "int8", rows, cols)
             self.add(f"{name}.scale", "float32", rows)
-        elif weights is WeightFormat.INT4:
-            if cols % 2:
-                raise ValueError(f"int4 packs columns in pairs, {name} has {cols}")
-            group = int4_group(cols)
+        elif weights is WeightFormat.INT4:  # the spec's constructor proves that groups fit
             self.add(name, "uint8", rows, cols // 2)
-            self.add(f"{name}.scale", "float32", rows, cols // group)
-            self.add(f"{name}.zero", "float32", rows, cols // group)
+            self.add(f"{name}.scale", "bfloat16", rows, cols // INT4_GROUP)
+            self.add(f"{name}.zero", "bfloat16", rows, cols // INT4_GROUP)
         else:
             self.add(name, weights.value, rows, cols)
 
 
-def int4_group(cols: int) -> int:
-    """Columns that share a scale: 32, or all of a narrower matrix."""
-    return INT4_GROUP if cols % INT4_GROUP == 0 else cols
+def vocab_format(weights: WeightFormat) -> WeightFormat:
+    """Return how embedding and lm_head rows are stored: int4 would cost too much there, so they stay at int8."""
+    return WeightFormat.INT8 if weights is WeightFormat.INT4 else weights
 
 
 def ffn_span(spec: ModelSpec, index: int) -> Span:
@@ -180,7 +176,7 @@ def tile_bytes(spec: ModelSpec, tile: TileId) -> int:
 
 
 def _plain_dtype(spec: ModelSpec) -> str:
-    """Norms, biases and the embedding stay in the activations' format whatever the weights are."""
+    """Norms and biases stay in the activations' format whatever the weights are."""
     return "float32" if spec.activations is ActivationFormat.FLOAT32 else "bfloat16"
 
 
@@ -219,7 +215,7 @@ def _final_norm_parts(layout: _Layout, spec: ModelSpec, tile: TileId) -> None:
 
 
 def _vocab_parts(layout: _Layout, spec: ModelSpec, tile: TileId) -> None:
-    layout.add("rows", _plain_dtype(spec), len(lm_head_span(spec, tile.index)), spec.hidden)
+    layout.add_matrix("rows", vocab_format(spec.weights), len(lm_head_span(spec, tile.index)), spec.hidden)
 
 
 def tile_slices(spec: ModelSpec, tile: TileId) -> tuple[Slice, ...]:

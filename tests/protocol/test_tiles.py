@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from protocol.specs import (
     FFN_TILE_ALIGN,
+    INT4_GROUP,
     ActivationFormat,
     ModelSpec,
     RopeSpec,
@@ -28,7 +29,6 @@ from protocol.tiles import (
     all_tiles,
     ffn_span,
     head_tiles,
-    int4_group,
     layer_tiles,
     tile_bytes,
     tile_parts,
@@ -43,19 +43,19 @@ def specs(draw: st.DrawFn) -> ModelSpec:
     """Small models of any shape that the constructors allow."""
     kv_heads = draw(st.integers(1, 5))
     weights = draw(st.sampled_from(WeightFormat))
-    even = 2 if weights is WeightFormat.INT4 else 1
-    intermediate = draw(st.integers(1, 300)) * even
+    is_int4 = weights is WeightFormat.INT4
+    intermediate = draw(st.integers(1, 20)) * INT4_GROUP if is_int4 else draw(st.integers(1, 300))
     few = st.integers(1, min(intermediate, 9))
-    ffn_tiles = default_ffn_tiles(intermediate) if weights is WeightFormat.INT4 else draw(few)
+    ffn_tiles = default_ffn_tiles(intermediate) if is_int4 else draw(few)
     flags = {name: draw(st.booleans()) for name in ("qkv_bias", "o_bias", "mlp_bias", "qk_norm", "tied_embeddings")}
     return ModelSpec(
         name="any",
         family="llama",
-        hidden=draw(st.integers(1, 70)) * even,
+        hidden=draw(st.integers(1, 3)) * INT4_GROUP if is_int4 else draw(st.integers(1, 70)),
         layers=draw(st.integers(1, 3)),
         heads=kv_heads * draw(st.integers(1, 4)),
         kv_heads=kv_heads,
-        head_dim=2 * draw(st.integers(1, 16)),
+        head_dim=INT4_GROUP if is_int4 else 2 * draw(st.integers(1, 16)),
         intermediate=intermediate,
         vocab=draw(st.integers(1, 3 * LM_HEAD_ROWS)),
         max_positions=64,
@@ -144,7 +144,7 @@ def test_parts_match_their_slices_are_aligned_and_do_not_overlap(spec: ModelSpec
             packed = 2 if part.dtype == "uint8" else 1
             assert (part.rows, part.cols * packed) == expected
             for scale in (parts.pop(f"{piece.part}.scale", None), parts.pop(f"{piece.part}.zero", None)):
-                groups = 0 if part.dtype == "int8" else expected[1] // int4_group(expected[1])
+                groups = 0 if part.dtype == "int8" else expected[1] // INT4_GROUP
                 assert scale is None or (scale.rows, scale.cols) == (expected[0], groups)
         assert not parts, "parts that come from nowhere"
 
@@ -204,10 +204,14 @@ def test_a_share_with_an_empty_range_still_holds_the_norms() -> None:
     assert layer_tiles(3, Span(1, 1), Span(0, 1)) == [TileId(3, TileKind.NORMS, 0), TileId(3, TileKind.FFN, 0)]
 
 
-def test_int4_refuses_an_odd_number_of_columns() -> None:
-    spec = plain_spec(hidden=63, weights=WeightFormat.INT4)
-    with pytest.raises(ValueError, match="q has 63"):
-        tile_parts(spec, TileId(0, TileKind.ATTENTION, 0))
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [({"hidden": 48}, "hidden 48"), ({"head_dim": 8}, "head_dim"), ({"intermediate": 100}, "intermediate 100")],
+)
+def test_int4_groups_never_cross_a_tile(changed: dict[str, int], told: str) -> None:
+    fitting = {"hidden": 64, "head_dim": 32, "intermediate": 96, "ffn_tiles": 3}
+    with pytest.raises(ValueError, match=told):
+        plain_spec(**(fitting | changed), weights=WeightFormat.INT4)
 
 
 @pytest.mark.parametrize(

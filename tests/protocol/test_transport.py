@@ -221,6 +221,26 @@ def test_a_context_that_ends_takes_its_gate_along() -> None:
     assert "gate" not in [thread.name for thread in threading.enumerate()]
 
 
+def test_a_gate_that_breaks_says_so_and_refuses_everybody(
+    context: zmq.Context[zmq.Socket[bytes]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(question: list[bytes]) -> list[bytes]:
+        raise zmq.ZMQError(zmq.EFSM)
+
+    with hosted() as host:
+        monkeypatch.setattr(host.gate, "_answer", broken)
+        gate_thread = next(thread for thread in threading.enumerate() if thread.name == "gate")
+        with host.context.socket(zmq.REQ) as asker:
+            asker.linger = 0
+            asker.connect(ZAP_ENDPOINT)
+            asker.send(b"question")
+            gate_thread.join(DEADLINE_S)
+        assert "everybody is refused" in caplog.text
+        with dial_as(context, host, KNOWN):
+            host.next_refusal()
+            assert not host.has_message()
+
+
 # ---------------------------------------------------------------- routers and dealers
 
 
