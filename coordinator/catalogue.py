@@ -6,6 +6,7 @@ Knows nothing of workers, sockets or permissions. Blocking: an event loop calls 
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -18,16 +19,20 @@ import msgpack
 
 from coordinator.checkpoint import Checkpoint
 from coordinator.manifest_file import load_entries, store_entries
-from coordinator.tile_cutter import MatrixSource, WholeMatrices, cut_tile, require_cuttable
-from protocol.errors import CheckpointInvalid, FrameMalformed, TileUnavailable
+from coordinator.tile_cutter import MatrixSource, WholeMatrices, cut_tile
+from coordinator.tile_file import TileFile, TileFileWriter
+from protocol.errors import CheckpointInvalid, FrameMalformed, StorageFailed, TileUnavailable
 from protocol.schema import pack
-from protocol.specs import ModelSpec
+from protocol.specs import ModelSpec, WeightFormat
 from protocol.tiles import TileEntry, TileId, all_tiles, tile_bytes
 
-LAYOUT_VERSION = 1  # raise when `protocol.tiles` or the conversions change the bytes of any tile
+LAYOUT_VERSION = 2  # raise when `protocol.tiles` or the conversions change the bytes of any tile
 HASH_THREADS = 2
 MAX_PENDING = 2 * HASH_THREADS
 DEFAULT_CACHE_BYTES = 256 << 20
+
+QUANTISED = frozenset({WeightFormat.INT8, WeightFormat.INT4})
+_LOG = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 
@@ -35,11 +40,20 @@ Progress = Callable[[int, int], None]
 class Catalogue:
     """All tiles of one model: `entries` in the order of `all_tiles`. Thread-safe; owns its checkpoint until `close`."""
 
-    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, entries: list[TileEntry], cache_bytes: int) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        spec: ModelSpec,
+        entries: list[TileEntry],
+        cache_bytes: int,
+        tile_file: TileFile | None = None,
+    ) -> None:
+        """`tile_file` holds the tiles of a quantised model; without one they are cut from the checkpoint."""
         self.spec = spec
         self.entries = {entry.tile: entry for entry in entries}
         self.total_bytes = sum(entry.num_bytes for entry in entries)
         self._checkpoint = checkpoint
+        self._tile_file = tile_file
         # Tiles of the same bytes (two layers' untouched norms) share a digest; the first stands for them.
         self._by_digest = {entry.digest: entry for entry in reversed(entries)}
         self._cut_lock = threading.Lock()
@@ -60,13 +74,17 @@ class Catalogue:
         `progress` gets bytes hashed so far and in all, in the calling thread. `cache_bytes` bounds the tiles that
         `read` keeps in memory. Raises CheckpointInvalid and ModelUnsupported.
         """
-        require_cuttable(spec.weights)
         checkpoint = Checkpoint.open(folder)
         try:
             checkpoint.verify(spec)
             path = cache_dir / f"{manifest_key(checkpoint, spec).hex()[:40]}.manifest"
             entries = load_entries(path)
-            if entries is None or not _fits(entries, spec):
+            if entries is not None and not _fits(entries, spec):
+                entries = None
+            if spec.weights in QUANTISED:
+                tile_file, entries = _quantised(checkpoint, spec, path, entries, progress)
+                return cls(checkpoint, spec, entries, cache_bytes, tile_file)
+            if entries is None:
                 entries = _hash_tiles(checkpoint, spec, progress)
                 checkpoint.require_unchanged()
                 store_entries(path, entries)
@@ -78,6 +96,8 @@ class Catalogue:
     def close(self) -> None:
         """Close the checkpoint's files; no `read` may be under way."""
         self._checkpoint.close()
+        if self._tile_file is not None:
+            self._tile_file.close()
 
     def __enter__(self) -> Catalogue:
         return self
@@ -114,11 +134,14 @@ class Catalogue:
         return bytes(memoryview(data)[offset : offset + length])
 
     def _cut(self, entry: TileEntry) -> bytearray:
-        data = cut_tile(self.spec, entry.tile, self._checkpoint)
+        if self._tile_file is not None:
+            data, where = self._tile_file.read(entry), self._tile_file.path
+        else:
+            data, where = cut_tile(self.spec, entry.tile, self._checkpoint), self._checkpoint.folder
         if hashlib.sha256(data).digest() != entry.digest:
             raise CheckpointInvalid(
-                f"{entry.tile} of {self._checkpoint.folder} no longer has the bytes that were hashed: altered",
-                remedy="put the model's files back, or touch them and start the coordinator again to hash the new ones",
+                f"{entry.tile} in {where} no longer has the bytes that were hashed: altered",
+                remedy="put the files back, or touch the model's and start the coordinator again to hash the new ones",
             )
         return data
 
@@ -162,17 +185,42 @@ def _fits(entries: list[TileEntry], spec: ModelSpec) -> bool:
     )
 
 
-def _hash_tiles(checkpoint: Checkpoint, spec: ModelSpec, progress: Progress) -> list[TileEntry]:
-    """Cut and hash every tile, two at a time; each matrix is read once, and at most two layers' are held."""
+def _quantised(
+    checkpoint: Checkpoint, spec: ModelSpec, manifest: Path, entries: list[TileEntry] | None, progress: Progress
+) -> tuple[TileFile, list[TileEntry]]:
+    """Open the file of quantised tiles beside the manifest, or make both; raises StorageFull and StorageFailed."""
+    path = manifest.with_suffix(".tiles")
+    if entries is not None and path.exists():
+        try:
+            return TileFile(path, entries), entries
+        except StorageFailed as error:
+            _LOG.warning("%s; quantising the model again", error)
+    with TileFileWriter(path) as writer:
+        entries = _hash_tiles(checkpoint, spec, progress, writer.append)
+        checkpoint.require_unchanged()
+        writer.finish()
+    store_entries(manifest, entries)
+    return TileFile(path, entries), entries
+
+
+def _hash_tiles(
+    checkpoint: Checkpoint, spec: ModelSpec, progress: Progress, keep: Callable[[bytearray], None] | None = None
+) -> list[TileEntry]:
+    """Cut and hash every tile, two at a time; each matrix is read once, and at most two layers' are held.
+
+    `keep` is given the bytes of every tile in the order of the entries.
+    """
     tiles = all_tiles(spec)
     total = sum(tile_bytes(spec, tile) for tile in tiles)
     entries: list[TileEntry] = []
-    pending: deque[Future[TileEntry]] = deque()
+    pending: deque[Future[tuple[TileEntry, bytearray | None]]] = deque()
     done = 0
 
     def take() -> None:
         nonlocal done
-        entry = pending.popleft().result()  # disk and sha256 only: no wait for a peer, so no deadline
+        entry, data = pending.popleft().result()  # disk and sha256 only: no wait for a peer, so no deadline
+        if keep is not None and data is not None:
+            keep(data)
         entries.append(entry)
         done += entry.num_bytes
         progress(done, total)
@@ -181,7 +229,7 @@ def _hash_tiles(checkpoint: Checkpoint, spec: ModelSpec, progress: Progress) -> 
         for _, block in groupby(tiles, key=lambda tile: (tile.layer, tile.kind)):
             source = WholeMatrices(checkpoint)
             for tile in block:
-                pending.append(pool.submit(_hash_tile, spec, tile, source))
+                pending.append(pool.submit(_hash_tile, spec, tile, source, keep is not None))
                 if len(pending) > MAX_PENDING:
                     take()
         while pending:
@@ -189,6 +237,8 @@ def _hash_tiles(checkpoint: Checkpoint, spec: ModelSpec, progress: Progress) -> 
     return entries
 
 
-def _hash_tile(spec: ModelSpec, tile: TileId, source: MatrixSource) -> TileEntry:
+def _hash_tile(
+    spec: ModelSpec, tile: TileId, source: MatrixSource, with_data: bool
+) -> tuple[TileEntry, bytearray | None]:
     data = cut_tile(spec, tile, source)
-    return TileEntry(tile, len(data), hashlib.sha256(data).digest())
+    return TileEntry(tile, len(data), hashlib.sha256(data).digest()), data if with_data else None

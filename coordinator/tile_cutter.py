@@ -11,12 +11,13 @@ from typing import Protocol
 import numpy as np
 
 from coordinator.number_formats import RESULT_AS, Array, FloatName
-from protocol.errors import InvariantBroken, ModelUnsupported
-from protocol.specs import ActivationFormat, ModelSpec, Span, WeightFormat
-from protocol.tiles import Part, Slice, TileId, tile_parts, tile_slices
+from coordinator.quantise import int8_scales, quantise_int4, quantise_int8
+from protocol.errors import InvariantBroken
+from protocol.specs import INT4_GROUP, ActivationFormat, ModelSpec, Span, WeightFormat
+from protocol.tiles import Part, Slice, TileId, tile_parts, tile_slices, vocab_format
 
-# Parts held in the spec's weight format; all others (norms, biases, vocabulary rows) follow the activations.
-MATRICES = frozenset({"q", "k", "v", "o", "gate", "up", "down"})
+# Parts held in the spec's weight format; norms and biases follow the activations.
+MATRICES = frozenset({"q", "k", "v", "o", "gate", "up", "down", "rows"})
 
 
 class MatrixSource(Protocol):
@@ -39,25 +40,26 @@ class WholeMatrices:
 
     def read(self, name: str, rows: Span | None, cols: Span | None, dtype: FloatName) -> Array:
         """Return `[rows, cols]`; with columns a view on the copy, which the caller must not write."""
-        if cols is None:
-            return self._source.read(name, rows, None, dtype)
         with self._lock:
             matrix = self._matrices.get((name, dtype))
+            if matrix is None and cols is None:
+                return self._source.read(name, rows, None, dtype)
             if matrix is None:
                 matrix = self._matrices[name, dtype] = self._source.read(name, None, None, dtype)
         chosen = matrix if rows is None else matrix[rows.start : rows.end]
-        return chosen[:, cols.start : cols.end]
+        return chosen if cols is None else chosen[:, cols.start : cols.end]
 
 
 def cut_tile(spec: ModelSpec, tile: TileId, source: MatrixSource) -> bytearray:
-    """Return the bytes of one tile; raises what `source` raises, and ModelUnsupported for a format not cut yet."""
+    """Return the bytes of one tile; raises what `source` raises."""
     parts = {part.name: part for part in tile_parts(spec, tile)}
     last = max(parts.values(), key=lambda part: part.offset)
     data = bytearray(last.offset + last.num_bytes)
     plain: FloatName = "float32" if spec.activations is ActivationFormat.FLOAT32 else "bfloat16"
     for piece in tile_slices(spec, tile):
         if piece.part in MATRICES:
-            arrays = cut_matrix(source, spec.weights, piece)
+            weights = vocab_format(spec.weights) if piece.part == "rows" else spec.weights
+            arrays = cut_matrix(source, weights, piece)
         else:
             arrays = {piece.part: source.read(piece.tensor, piece.rows, piece.cols, plain)}
         for name, array in arrays.items():
@@ -66,22 +68,19 @@ def cut_tile(spec: ModelSpec, tile: TileId, source: MatrixSource) -> bytearray:
 
 
 def cut_matrix(source: MatrixSource, weights: WeightFormat, piece: Slice) -> dict[str, Array]:
-    """Return the parts of one weight matrix by name: alone, or with its scales in a quantised format.
-
-    A quantised format needs whole rows of the checkpoint for its scales; `source` gives those with `cols` None.
-    """
-    require_cuttable(weights)
+    """Return the parts of one weight matrix by name: alone, or with its scales in a quantised format."""
+    name = piece.part
+    if weights is WeightFormat.INT8:
+        values = source.read(piece.tensor, piece.rows, piece.cols, "float32")
+        # The scale is that of the whole row of the checkpoint, however few of its columns this tile holds.
+        whole = values if piece.cols is None else source.read(piece.tensor, piece.rows, None, "float32")
+        int8 = quantise_int8(values, int8_scales(whole))
+        return {name: int8.value_OI, f"{name}.scale": int8.scale_O}
+    if weights is WeightFormat.INT4:
+        int4 = quantise_int4(source.read(piece.tensor, piece.rows, piece.cols, "float32"), INT4_GROUP)
+        return {name: int4.packed, f"{name}.scale": int4.scale, f"{name}.zero": int4.zero}
     dtype: FloatName = "float32" if weights is WeightFormat.FLOAT32 else "bfloat16"
-    return {piece.part: source.read(piece.tensor, piece.rows, piece.cols, dtype)}
-
-
-def require_cuttable(weights: WeightFormat) -> None:
-    """Raise ModelUnsupported for a weight format that can't be cut yet."""
-    if weights not in (WeightFormat.FLOAT32, WeightFormat.BFLOAT16):
-        raise ModelUnsupported(
-            f"weights in {weights} come in a later version",
-            remedy="use --dtype float32 or --dtype bfloat16",
-        )
+    return {name: source.read(piece.tensor, piece.rows, piece.cols, dtype)}
 
 
 def _place(data: bytearray, part: Part, array: Array, where: str) -> None:

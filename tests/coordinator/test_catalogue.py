@@ -19,7 +19,7 @@ from hf_folders import FAMILIES, save_model
 from coordinator.catalogue import Catalogue
 from coordinator.checkpoint import Checkpoint
 from coordinator.hf_config import read_hf_config
-from protocol.errors import CheckpointInvalid, FrameMalformed, ModelUnsupported, TileUnavailable
+from protocol.errors import CheckpointInvalid, FrameMalformed, TileUnavailable
 from protocol.specs import ActivationFormat, ModelSpec, WeightFormat
 from protocol.tiles import TileId, TileKind, all_tiles, tile_parts, tile_slices
 
@@ -223,16 +223,77 @@ def test_a_checkpoint_altered_while_served_is_refused(tmp_path: Path) -> None:
             catalogue.read(entry.digest, 0, 1)
 
 
-@pytest.mark.parametrize("weights", [WeightFormat.INT8, WeightFormat.INT4])
-def test_quantised_formats_are_refused_for_now(tmp_path: Path, weights: WeightFormat) -> None:
-    save_model(tmp_path)
-    with pytest.raises(ModelUnsupported, match=weights.value):
-        build(tmp_path, weights=weights)
-
-
 def test_an_unwritable_cache_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_model(tmp_path)
     (tmp_path / "cache").write_text("a file where the folder should be")
     with caplog.at_level(logging.WARNING), build(tmp_path) as catalogue:
         assert catalogue.total_bytes
     assert "manifest" in caplog.text
+
+
+# ---------------------------------------------------------------- quantised
+
+
+def dequantised(spec: ModelSpec, data: bytes, tile: TileId, name: str) -> np.ndarray:
+    """A matrix of a quantised tile as floats."""
+    parts = {part.name: np.frombuffer(data, np.uint8, part.num_bytes, part.offset) for part in tile_parts(spec, tile)}
+    shapes = {part.name: (part.rows, part.cols) for part in tile_parts(spec, tile)}
+
+    def widen(key: str) -> np.ndarray:
+        return (parts[key].view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shapes[key])
+
+    if f"{name}.zero" not in parts:
+        scale = parts[f"{name}.scale"].view(np.float32)
+        return parts[name].view(np.int8).reshape(shapes[name]) * scale[:, None]
+    packed = parts[name].reshape(shapes[name])
+    nibble = np.stack((packed & 15, packed >> 4), axis=-1).reshape(packed.shape[0], -1, 32).astype(np.float32)
+    return ((nibble - 8) * widen(f"{name}.scale")[..., None] + widen(f"{name}.zero")[..., None]).reshape(
+        packed.shape[0], -1
+    )
+
+
+@pytest.mark.parametrize(("weights", "bound"), [(WeightFormat.INT8, 0.012), (WeightFormat.INT4, 0.09)])
+def test_quantised_tiles_are_made_once_and_near_the_checkpoint(
+    weights: WeightFormat, bound: float, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "num_attention_heads": 4}
+    state = save_model(folder, "llama", torch.float32, **sizes, num_key_value_heads=2).state_dict()
+    spec = read_hf_config(folder, weights=weights).spec
+    steps: list[tuple[int, int]] = []
+    with Catalogue.build(folder, spec, tmp_path / "cache", lambda done, total: steps.append((done, total))) as one:
+        assert steps[-1][0] == steps[-1][1] == one.total_bytes
+        for tile, entry in one.entries.items():
+            data = one.read(entry.digest, 0, entry.num_bytes)
+            assert hashlib.sha256(data).digest() == entry.digest
+            for piece in tile_slices(spec, tile):
+                if f"{piece.part}.scale" not in {part.name for part in tile_parts(spec, tile)}:
+                    continue
+                wanted = state[piece.tensor].float().numpy()
+                wanted = wanted[slice(piece.rows.start, piece.rows.end)] if piece.rows else wanted
+                wanted = wanted[:, slice(piece.cols.start, piece.cols.end)] if piece.cols else wanted
+                found = dequantised(spec, data, tile, piece.part)
+                assert np.linalg.norm(found - wanted) <= bound * np.linalg.norm(wanted), (tile, piece.part)
+        entries = one.entries
+    steps.clear()
+    with Catalogue.build(folder, spec, tmp_path / "cache", lambda done, total: steps.append((done, total))) as again:
+        assert again.entries == entries and not steps
+    (kept,) = (tmp_path / "cache").glob("*.tiles")
+    kept.write_bytes(kept.read_bytes()[:-1])
+    with Catalogue.build(folder, spec, tmp_path / "cache") as mended:
+        assert mended.entries == entries
+
+
+def test_a_quantised_tile_altered_on_disk_is_told(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "num_attention_heads": 4}
+    save_model(folder, "llama", torch.float32, **sizes, num_key_value_heads=2)
+    spec = read_hf_config(folder, weights=WeightFormat.INT8).spec
+    with Catalogue.build(folder, spec, tmp_path / "cache") as catalogue:
+        (kept,) = (tmp_path / "cache").glob("*.tiles")
+        data = bytearray(kept.read_bytes())
+        data[5] ^= 1
+        kept.write_bytes(data)
+        first = next(iter(catalogue.entries.values()))
+        with pytest.raises(CheckpointInvalid, match="altered"):
+            catalogue.read(first.digest, 0, 1)
