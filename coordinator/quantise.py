@@ -40,9 +40,9 @@ class Int4Matrix(NamedTuple):
 
 
 def int8_scales(weight_OI: Float32) -> Float32:
-    """Return the scale of each row: its largest magnitude becomes 127; a row of zeros gets 1."""
+    """Return the scale of each row: its largest magnitude becomes 127. Never so small that dividing by it overflows."""
     most = np.abs(weight_OI).max(axis=1)
-    scale: Float32 = np.where(most > 0, most / INT8_MOST, 1).astype(np.float32)
+    scale: Float32 = np.maximum(most / INT8_MOST, np.finfo(np.float32).tiny).astype(np.float32)
     return scale
 
 

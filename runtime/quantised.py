@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+PACKED_STRIP = 64
 PACK_ROWS = 256  # torch packs int4 in strips of 64 rows (32 without AVX-512); whole strips can be packed one by one
 ACTIVATION_STEP = float(torch.tensor(2.0) / 255)  # int8 activations: [-1, 1] in 255 steps, in float32
 DEQUANTISE_BYTES = 8 << 20  # of weights at a time: stays in the cache between writing and reading
@@ -188,6 +189,29 @@ class Int4Packed:
         return result_TO if self._bias_O is None else result_TO.add_(self._bias_O)
 
 
+class Int4Unpacked:
+    """The same packed nibbles for many rows: a strip at a time becomes floats and is multiplied."""
+
+    def __init__(self, packed: Tensor, scales_and_zeros: Tensor, group: int, bias_O: Tensor | None) -> None:
+        self._packed = packed
+        self._scales_and_zeros = scales_and_zeros
+        self._group = group
+        self._bias_O = bias_O
+        self.num_bytes = _num_bytes(packed, scales_and_zeros, bias_O)
+
+    def apply(self, x_TI: Tensor) -> Tensor:
+        """Return the product, `[T, O]`."""
+        rows, inputs = self._packed.shape[0], 2 * self._packed.shape[1]
+        result_TO = torch.empty(x_TI.shape[0], rows, dtype=x_TI.dtype)
+        for first in range(0, rows, PACK_ROWS):
+            strip = slice(first, min(first + PACK_ROWS, rows))
+            nibble = unpack_int4(self._packed[strip]).view(inputs // self._group, self._group, -1)
+            scale, zero = self._scales_and_zeros[:, None, strip, 0], self._scales_and_zeros[:, None, strip, 1]
+            weight = ((nibble.float() - 8) * scale.float() + zero.float()).view(inputs, -1).to(x_TI.dtype)
+            result_TO[:, strip] = x_TI @ weight
+        return result_TO if self._bias_O is None else result_TO.add_(self._bias_O)
+
+
 def can_pack_int4(rows: int, cols: int, group: int) -> bool:
     """Say whether torch's int4 product takes this shape."""
     return rows % 16 == 0 and group in (32, 64, 128, 256) and cols % group == 0
@@ -201,6 +225,23 @@ def pack_int4(weight: Int4Weight) -> tuple[Tensor, Tensor]:
         nibble = torch.stack((strip & 15, strip >> 4), dim=-1).view(strip.shape[0], -1)
         packed[first : first + PACK_ROWS] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibble.int(), 1)
     return packed, torch.stack((weight.scale, weight.zero), dim=-1).transpose(0, 1).contiguous()
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """Return the nibbles of whole strips that `pack_int4` packed, transposed: uint8 `[I, O]`.
+
+    torch's layout (ATen/native/cpu/int4mm_kernel.cpp), which `runtime.kernels` proves before it is relied on: for each
+    64 rows and each column 32 bytes, the low halves rows 0 to 31, the high halves rows 32 to 63; in a shorter last
+    strip neighbouring rows share a byte.
+    """
+    rows, half = packed.shape
+    full = rows // PACKED_STRIP * PACKED_STRIP
+    body = packed[:full].reshape(-1, 2 * half, PACKED_STRIP // 2)
+    pieces = [torch.cat((body & 15, body >> 4), dim=-1).permute(1, 0, 2).reshape(2 * half, full)]
+    if full < rows:
+        tail = packed[full:].reshape(2 * half, (rows - full) // 2)
+        pieces.append(torch.stack((tail & 15, tail >> 4), dim=-1).view(2 * half, rows - full))
+    return torch.cat(pieces, dim=1)
 
 
 class ByRows:

@@ -9,6 +9,7 @@ from runtime.quantised import (
     ByRows,
     DequantisedLinear,
     Int4Packed,
+    Int4Unpacked,
     Int4Weight,
     Int8Dynamic,
     Int8Integer,
@@ -17,6 +18,7 @@ from runtime.quantised import (
     integer_products,
     pack_int4,
     relative_error,
+    unpack_int4,
 )
 
 ROWS, COLS, GROUP = 208, 128, 32
@@ -69,6 +71,21 @@ def test_packing_in_strips_is_packing_at_once() -> None:
     weight = int4_weight(rows=592)
     nibble = torch.stack((weight.packed & 15, weight.packed >> 4), dim=-1).view(592, -1)
     assert torch.equal(pack_int4(weight)[0], torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibble.int(), 1))
+
+
+@pytest.mark.parametrize("rows", [16, 64, 80, 208, 592])
+def test_unpacking_gives_the_nibbles_back(rows: int) -> None:
+    weight = int4_weight(rows)
+    nibble = torch.stack((weight.packed & 15, weight.packed >> 4), dim=-1).view(rows, -1)
+    assert torch.equal(unpack_int4(pack_int4(weight)[0]), nibble.t())
+
+
+@pytest.mark.parametrize("rows", [16, 208, 592])
+def test_packed_int4_for_many_rows(rows: int) -> None:
+    weight = int4_weight(rows)
+    x, offset = inputs(40, torch.float32), torch.randn(rows)
+    found = Int4Unpacked(*pack_int4(weight), weight.group, offset).apply(x)
+    assert relative_error(found, DequantisedLinear(weight, offset).apply(x)) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
