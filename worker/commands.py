@@ -16,11 +16,12 @@ from protocol.tiles import TileEntry
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attach:
-    """Connect the data connection to this coordinator."""
+    """Connect the data connection to this coordinator; `nonce` is the one of the control connection's name."""
 
     worker: WorkerId
     address: str
     server_key: bytes
+    nonce: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

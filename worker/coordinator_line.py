@@ -42,7 +42,7 @@ class CoordinatorLine:
     def __init__(self, context: zmq.Context[Any], keys: KeyPair) -> None:
         self._context = context
         self._keys = keys
-        self._at: tuple[WorkerId, str, bytes] | None = None
+        self._at: tuple[WorkerId, str, bytes, str] | None = None
         self.socket: zmq.Socket[bytes] | None = None
 
     @property
@@ -55,15 +55,15 @@ class CoordinatorLine:
         """Whether the coordinator has let us in and takes frames."""
         return self.socket is not None and bool(self.socket.poll(0, zmq.POLLOUT))
 
-    def attach(self, own: WorkerId, address: str, server_key: bytes) -> None:
-        """Connect; an unchanged connection is kept, for it reconnects by itself."""
-        if self._at == (own, address, server_key):
+    def attach(self, own: WorkerId, address: str, server_key: bytes, nonce: str) -> None:
+        """Connect as `<own>/data/<nonce>`; an unchanged connection is kept, for it reconnects by itself."""
+        wanted = (own, address, server_key, nonce)
+        if self._at == wanted:
             return
         self.close()
-        self.socket = dial(
-            self._context, address, self._keys, server_key, f"{own}/data".encode("ascii"), MAX_FRAME_BYTES
-        )
-        self._at = (own, address, server_key)
+        routing_id = "/".join(part for part in (own, "data", nonce) if part).encode("ascii")
+        self.socket = dial(self._context, address, self._keys, server_key, routing_id, MAX_FRAME_BYTES)
+        self._at = wanted
 
     def send(self, frames: Sequence[Buffer]) -> None:
         """Send a message to the coordinator itself; raises CoordinatorLost."""

@@ -174,9 +174,9 @@ class Executor:
                 command = self._commands.popleft()
                 self._num_urgent -= isinstance(command, URGENT)
             match command:
-                case Attach(worker=worker, address=address, server_key=server_key):
+                case Attach(worker=worker, address=address, server_key=server_key, nonce=nonce):
                     self._own = worker
-                    self._links.attach(worker, address, server_key)
+                    self._links.attach(worker, address, server_key, nonce)
                 case Begin(plan=plan, links=orders):
                     self._drop()
                     self._plan = plan

@@ -83,6 +83,10 @@ class FetchPlan:
         """Tiles that are asked for and not verified yet."""
         return tuple(tile.entry for tile in self._active.values())
 
+    def waits_for(self, digest: bytes) -> bool:
+        """Whether bytes of this tile are asked for."""
+        return digest in self._active
+
     def next_actions(self) -> list[Action]:
         """Return new requests, and tiles to open, until the window is full."""
         actions: list[Action] = []

@@ -133,6 +133,8 @@ class Fetcher:
     def _take(self, received: Received) -> list[Action]:
         message: Any = received.message
         if isinstance(message, ErrorReport):
+            if message.digest and not self._plan.waits_for(message.digest):  # the answer to a fetch before this one
+                return []
             raise message.error()
         if not isinstance(message, TileChunk):
             raise ProtocolViolation(f"{type(message).__name__} came where a TileChunk was asked for", phase="fetch")

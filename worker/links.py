@@ -90,9 +90,9 @@ class Links:
 
     # ------------------------------------------------------------ making links
 
-    def attach(self, own: WorkerId, address: str, server_key: bytes) -> None:
+    def attach(self, own: WorkerId, address: str, server_key: bytes, nonce: str = "") -> None:
         """Connect the data connection to the coordinator; an unchanged one is kept, it reconnects by itself."""
-        self._line.attach(own, address, server_key)
+        self._line.attach(own, address, server_key, nonce)
         self._refresh()
 
     def begin(self, epoch: int, orders: Sequence[LinkOrder]) -> None:

@@ -1,0 +1,26 @@
+"""`python -m worker`: a worker without the comfort of the `manyhands` command.
+
+Knows nothing of settings or of working.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from protocol.settings import run_main
+from worker.config import WorkerConfig
+
+
+def _run(config: WorkerConfig) -> int:
+    from worker.daemon import run  # torch is loaded only when there is work for it
+
+    return run(config)
+
+
+def main() -> int:
+    """Run with the arguments of this process; returns the exit code."""
+    return run_main(WorkerConfig, "worker", sys.argv[1:], _run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""The worker's connections to its coordinator: enrol, say hello, then a control and a bulk connection.
+
+Knows nothing of what the messages lead to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from typing import Final, NamedTuple
+
+import zmq
+import zmq.asyncio
+
+from protocol.errors import CoordinatorLost, ProtocolViolation
+from protocol.frames import Received, decode, encode
+from protocol.messages import (
+    MAX_MANIFEST_BYTES,
+    MAX_TILE_CHUNK_BYTES,
+    OLDEST_VERSION,
+    VERSION,
+    Enroll,
+    Enrolled,
+    ErrorReport,
+    Hello,
+    Welcome,
+)
+from protocol.security import KeyPair, Link
+from protocol.transport import dial, dial_first, receive_dealer
+from protocol.version import SOFTWARE
+from worker.identity import Home
+
+MAX_OUTBOX: Final = 1000
+FAREWELL_MS: Final = 500
+MAX_CONTROL_BYTES: Final = MAX_MANIFEST_BYTES + 2**20
+MAX_BULK_BYTES: Final = MAX_TILE_CHUNK_BYTES + 2**16
+
+
+async def enroll(context: zmq.asyncio.Context, link: Link, keys: KeyPair, name: str, timeout_s: float) -> Home:
+    """Have our key pinned under the link's invitation; raises AccessRefused, VersionMismatch, CoordinatorLost."""
+    asked = Enroll(oldest_version=OLDEST_VERSION, version=VERSION, software=SOFTWARE, name=name, public_key=keys.public)
+    routing_id = f"guest/{secrets.token_hex(8)}".encode()
+    socket, frames = await dial_first(
+        context, link.addresses, link.keys, link.server_key, routing_id, encode(asked), timeout_s, MAX_BULK_BYTES
+    )
+    socket.close()
+    answer = decode(frames).message
+    if isinstance(answer, ErrorReport):
+        raise answer.error()
+    if not isinstance(answer, Enrolled):
+        raise ProtocolViolation(f"{type(answer).__name__} came in answer to Enroll", phase="enroll")
+    return Home(server_key=link.server_key, addresses=link.addresses, worker=answer.worker, cluster=answer.cluster)
+
+
+class Greeting(NamedTuple):
+    """An open connection and what the coordinator said first."""
+
+    connection: Connection
+    welcome: Welcome
+
+
+class Connection:
+    """The control connection, once it is welcomed, and the bulk connection beside it."""
+
+    def __init__(self, control: zmq.asyncio.Socket, bulk: zmq.asyncio.Socket, address: str, nonce: str) -> None:
+        self.address = address
+        self.nonce = nonce
+        self._control = control
+        self._bulk = bulk
+        self._outbox: asyncio.Queue[list[bytes | bytearray | memoryview]] = asyncio.Queue(MAX_OUTBOX)
+
+    @staticmethod
+    async def open(context: zmq.asyncio.Context, home: Home, keys: KeyPair, hello: Hello, timeout_s: float) -> Greeting:
+        """Dial and say hello; raises AccessRefused, VersionMismatch, CoordinatorLost naming every address."""
+        nonce = secrets.token_hex(8)  # keeps this connection apart from an older one that the coordinator still holds
+        routing_id = f"{home.worker}/control/{nonce}".encode()
+        control, frames = await dial_first(
+            context, home.addresses, keys, home.server_key, routing_id, encode(hello), timeout_s, MAX_CONTROL_BYTES
+        )
+        try:
+            answer = decode(frames).message
+            if isinstance(answer, ErrorReport):
+                raise answer.error()
+            if not isinstance(answer, Welcome):
+                raise ProtocolViolation(f"{type(answer).__name__} came in answer to Hello", phase="hello")
+            address = bytes(control.get(zmq.LAST_ENDPOINT)).rstrip(b"\0").decode("ascii")
+            routing_id = f"{home.worker}/bulk/{nonce}".encode()
+            bulk = dial(context, address, keys, home.server_key, routing_id, MAX_BULK_BYTES)
+        except BaseException:
+            control.close()
+            raise
+        return Greeting(Connection(control, bulk, address, nonce), answer)
+
+    def say(self, message: object) -> None:
+        """Queue a message for the control connection; raises CoordinatorLost when it takes none any more."""
+        try:
+            self._outbox.put_nowait(encode(message))
+        except asyncio.QueueFull:
+            raise CoordinatorLost(f"{MAX_OUTBOX} messages wait to be sent", phase="send") from None
+
+    async def write(self) -> None:
+        """Send what is queued, for ever."""
+        while True:
+            await self._control.send_multipart(await self._outbox.get())
+
+    async def hear(self) -> Received:
+        """Return the next message on the control connection."""
+        return decode(await receive_dealer(self._control))
+
+    async def send(self, message: object) -> None:
+        """Send on the bulk connection."""
+        await self._bulk.send_multipart(encode(message))
+
+    async def receive(self) -> Received:
+        """Return the next message on the bulk connection."""
+        return decode(await receive_dealer(self._bulk))
+
+    async def farewell(self, message: object) -> None:
+        """Send a last message, if the coordinator still takes one within half a second."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FAREWELL_MS / 1000):
+                while not self._outbox.empty():
+                    await self._control.send_multipart(self._outbox.get_nowait())
+                await self._control.send_multipart(encode(message))
+
+    def close(self) -> None:
+        """Close both connections; what was handed over is still sent for half a second."""
+        self._control.close(linger=FAREWELL_MS)
+        self._bulk.close(linger=0)

@@ -1,0 +1,343 @@
+"""The worker's control side: stays in touch with the coordinator and carries out what `worker.state` decides.
+
+Knows nothing of tensors: the compute thread is `worker.executor`, told by commands and heard by reports. Nothing here
+computes or reads a disk in the event loop, so heartbeats go out in time whatever else is under way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from typing import Any
+
+import zmq.asyncio
+
+from protocol.errors import (
+    AccessRefused,
+    CoordinatorLost,
+    InvariantBroken,
+    LinkInvalid,
+    ManyhandsError,
+    VersionMismatch,
+)
+from protocol.frames import unpack_manifest
+from protocol.ids import WorkerId
+from protocol.liveness import Backoff, Lease
+from protocol.messages import (
+    OLDEST_VERSION,
+    VERSION,
+    ErrorReport,
+    Heartbeat,
+    HeartbeatReply,
+    Hello,
+    Leave,
+    LinkOrder,
+    Load,
+    LoadProgress,
+    Probe,
+    Reached,
+    Release,
+    Unload,
+    Welcome,
+)
+from protocol.security import Link
+from protocol.sizes import parse_bytes
+from protocol.version import SOFTWARE
+from worker.addresses import data_addresses
+from worker.commands import Attach, Begin, Drop, Forget, LoadTiles, Report, Stop
+from worker.config import WorkerConfig
+from worker.connection import Connection, enroll
+from worker.device import executor_settings, profile_of
+from worker.executor import Executor, resident_bytes
+from worker.fetcher import Fetcher
+from worker.groups import most_telling
+from worker.identity import Home, Identity
+from worker.links import Links
+from worker.prober import probe
+from worker.state import (
+    TOLD_AS,
+    BeginPlan,
+    DropPlan,
+    Effect,
+    End,
+    Event,
+    Fetched,
+    FetchFailed,
+    Ordered,
+    Silent,
+    StartFetch,
+    StartLoad,
+    StopAsked,
+    StopFetch,
+    Tell,
+    Unloaded,
+    Welcomed,
+    WorkerState,
+)
+from worker.store import TileStore
+
+PROGRESS_S = 0.5
+JOIN_S = 5.0
+_log = logging.getLogger(__name__)
+
+
+class Control:
+    """One worker process. `serve` runs it; `stop` ends it from within the event loop."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        """Open state and cache, bind the listener; raises ConfigInvalid, LinkInvalid, StorageFull."""
+        self._config = config
+        self._link = Link.parse(config.link) if config.link else None
+        if self._link is not None and self._link.role != "join":
+            raise LinkInvalid(f"this is a link to {self._link.role}, not to join")
+        self._settings = executor_settings(config)
+        self._identity = Identity(config.state_folder)
+        self._store = TileStore(config.cache_folder, parse_bytes(config.cache_limit))
+        self._links = Links(self._identity.keys, config.listen)
+        self._executor = Executor(self._links, self._store, self._take_report, self._settings)
+        self._state = WorkerState()
+        self._context = zmq.asyncio.Context()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._connection: Connection | None = None
+        self._group: asyncio.TaskGroup | None = None
+        self._fetch: asyncio.Task[None] | None = None
+        self._lease = Lease(3.0)
+        self._addresses_reached: dict[WorkerId, str] = {}
+        self._stop_reason = ""
+        self._stopping = asyncio.Event()
+
+    def stop(self, reason: str) -> None:
+        """Leave the cluster and end `serve`."""
+        self._stop_reason = self._stop_reason or reason
+        self._stopping.set()
+
+    async def serve(self) -> None:
+        """Work until stopped; raises what makes going on senseless: AccessRefused, VersionMismatch, and the like."""
+        self._loop = asyncio.get_running_loop()
+        self._executor.start()
+        try:
+            work = asyncio.create_task(self._stay_connected())
+            stopped = asyncio.create_task(self._stopping.wait())
+            await asyncio.wait((work, stopped), return_when=asyncio.FIRST_COMPLETED)
+            stopped.cancel()
+            if self._stopping.is_set() and not work.done():
+                self._apply(StopAsked(reason=self._stop_reason))
+                if self._connection is not None:
+                    await self._connection.farewell(Leave(reason=self._stop_reason))
+                work.cancel()
+                await asyncio.gather(work, return_exceptions=True)
+                return
+            await work
+        finally:
+            self._executor.submit(Stop())
+            if not await asyncio.to_thread(self._executor.join, JOIN_S):
+                _log.warning("the compute thread is still busy; it ends with the process")
+            self._store.close()
+            self._identity.close()
+            self._context.term()
+
+    # ------------------------------------------------------------ being connected
+
+    async def _stay_connected(self) -> None:
+        home = await self._find_home()
+        waits = Backoff(self._config.redial_first_s, self._config.redial_most_s, random.Random())
+        while True:
+            try:
+                await self._converse(home, waits.reset)
+            except CoordinatorLost as error:
+                if not self._state.worker:  # never welcomed: the link is wrong, or there is nobody
+                    raise
+                wait_s = waits.next_s()
+                _log.warning("%s; dialling %s again in %.1f s", error.message, ", ".join(home.addresses), wait_s)
+                await asyncio.sleep(wait_s)
+
+    async def _find_home(self) -> Home:
+        """Return where we belong, enrolling by the link when its coordinator does not know us yet."""
+        home = self._identity.home_of(self._link)
+        if home is not None:
+            return home
+        if self._link is None:
+            raise LinkInvalid("there is no link to join by")
+        name = self._config.worker_name
+        home = await enroll(self._context, self._link, self._identity.keys, name, self._config.connect_timeout_s)
+        self._identity.remember(home)
+        _log.info("enrolled as %s in cluster %s", home.worker, home.cluster)
+        return home
+
+    async def _converse(self, home: Home, on_welcome: Callable[[], None]) -> None:
+        """One connection from hello to silence; raises CoordinatorLost at its end."""
+        hello = Hello(
+            oldest_version=OLDEST_VERSION,
+            version=VERSION,
+            software=SOFTWARE,
+            worker=home.worker,
+            profile=profile_of(self._settings),
+            data_addresses=data_addresses(self._links.address, self._config.advertise, home.addresses),
+            epoch=0,
+            phase=TOLD_AS[self._state.phase],
+        )
+        connection, welcome = await Connection.open(
+            self._context, home, self._identity.keys, hello, self._config.connect_timeout_s
+        )
+        self._connection = connection
+        try:
+            on_welcome()
+            self._identity.remember(replace(home, cluster=welcome.cluster))
+            _log.info("welcome as %s in cluster %s at %s", home.worker, welcome.cluster, connection.address)
+            self._executor.submit(
+                Attach(
+                    worker=home.worker,
+                    address=connection.address,
+                    server_key=home.server_key,
+                    nonce=connection.nonce,
+                )
+            )
+            self._apply(Welcomed(worker=home.worker, term=welcome.term))
+            await self._run_connection(connection, welcome)
+        finally:
+            self._apply(Silent())
+            self._connection = None
+            connection.close()
+
+    async def _run_connection(self, connection: Connection, welcome: Welcome) -> None:
+        self._lease = Lease(welcome.lease_s)
+        self._lease.heard(time.monotonic())
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._group = group
+                group.create_task(connection.write())
+                group.create_task(self._beat(connection, welcome))
+                group.create_task(self._listen(connection))
+        except BaseExceptionGroup as group_error:
+            raise most_telling(group_error) from None
+        finally:
+            self._group = self._fetch = None
+
+    async def _beat(self, connection: Connection, welcome: Welcome) -> None:
+        """Send heartbeats; raises CoordinatorLost when the lease is over."""
+        sequence = 0
+        while True:
+            silence_s = self._lease.silence_s(time.monotonic())
+            if self._lease.is_over(time.monotonic()):
+                raise CoordinatorLost(f"the coordinator was not heard for {silence_s:.1f} s")
+            connection.say(
+                Heartbeat(
+                    sequence=sequence % 2**31,
+                    epoch=self._state.epoch,
+                    phase=TOLD_AS[self._state.phase],
+                    progress=self._executor.progress,
+                    resident_bytes=resident_bytes(),
+                    weight_bytes=self._executor.weight_bytes,
+                    kv_bytes=self._executor.kv_bytes,
+                )
+            )
+            sequence += 1
+            await asyncio.sleep(welcome.heartbeat_s)
+
+    async def _listen(self, connection: Connection) -> None:
+        while True:
+            message, payload = await connection.hear()
+            self._lease.heard(time.monotonic())
+            self._take(connection, message, payload)
+
+    def _take(self, connection: Connection, message: Any, payload: memoryview) -> None:
+        match message:
+            case HeartbeatReply() | Welcome():
+                pass
+            case Probe():
+                self._spawn(self._answer_probe(connection, message))
+            case Load():
+                self._apply(Ordered(plan=message.plan, links=message.links, entries=unpack_manifest(payload)))
+            case Unload():
+                _log.info("epoch %d is over: %s", message.epoch, message.reason)
+                self._apply(Unloaded(epoch=message.epoch))
+            case Release():
+                self._executor.submit(Forget(sessions=message.sessions))
+            case ErrorReport():
+                error = message.error()
+                if isinstance(error, AccessRefused | VersionMismatch):
+                    raise error
+                raise CoordinatorLost(f"the coordinator let us go: {error.message}", remedy=error.remedy)
+            case _:
+                _log.warning("a %s is not for a worker's control side", type(message).__name__)
+
+    # ------------------------------------------------------------ events and effects
+
+    def _take_report(self, report: Report) -> None:
+        """Bring the compute thread's report into the event loop."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._apply, report)
+
+    def _apply(self, event: Event) -> None:
+        for effect in self._state.handle(event):
+            self._carry_out(effect)
+
+    def _carry_out(self, effect: Effect) -> None:
+        match effect:
+            case BeginPlan(plan=plan, links=links):
+                self._links.admit(order.peer.public_key for order in links)
+                self._executor.submit(Begin(plan=plan, links=tuple(map(self._best_first, links))))
+            case StartFetch(epoch=epoch):
+                self._fetch = self._spawn(self._fetch_tiles(effect, self._fetch))
+                _log.info("epoch %d: %d tiles", epoch, len(effect.entries))
+            case StopFetch():
+                if self._fetch is not None:
+                    self._fetch.cancel()
+            case StartLoad(epoch=epoch, entries=entries):
+                self._executor.submit(LoadTiles(epoch=epoch, entries=entries))
+            case DropPlan(epoch=epoch):
+                self._executor.submit(Drop(epoch=epoch))
+            case Tell(message=message):
+                _log.info("telling the coordinator: %s", message)
+                if self._connection is not None:
+                    self._connection.say(message)
+            case End(reason=reason):
+                _log.info("ending: %s", reason)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        if self._group is None:
+            work.close()
+            raise InvariantBroken("there is no connection to work for")
+        return self._group.create_task(work)
+
+    def _best_first(self, order: LinkOrder) -> LinkOrder:
+        """Put the address that answered the probe before the others."""
+        best = self._addresses_reached.get(order.peer.worker)
+        if best is None or best not in order.peer.addresses:
+            return order
+        rest = (one for one in order.peer.addresses if one != best)
+        return replace(order, peer=replace(order.peer, addresses=(best, *rest)))
+
+    async def _answer_probe(self, connection: Connection, asked: Probe) -> None:
+        self._links.admit(peer.public_key for peer in asked.peers)
+        own = self._state.worker
+        reached = await probe(self._context, self._identity.keys, own, asked.peers)
+        self._addresses_reached.update(reached)
+        connection.say(Reached(probe=asked.probe, workers=tuple(reached)))
+
+    async def _fetch_tiles(self, effect: StartFetch, before: asyncio.Task[None] | None) -> None:
+        connection = self._connection
+        if before is not None:
+            await asyncio.wait((before,))
+        if connection is None:
+            return
+        told_at = 0.0
+
+        def tell_progress(done_bytes: int, total_bytes: int) -> None:
+            nonlocal told_at
+            if time.monotonic() - told_at >= PROGRESS_S or done_bytes == total_bytes:
+                told_at = time.monotonic()
+                connection.say(
+                    LoadProgress(epoch=effect.epoch, phase="fetch", done_bytes=done_bytes, total_bytes=total_bytes)
+                )
+
+        try:
+            fetched_bytes = await Fetcher(connection, self._store, effect.entries).run(tell_progress)
+        except ManyhandsError as error:
+            self._apply(FetchFailed(epoch=effect.epoch, error=error))
+            return
+        self._apply(Fetched(epoch=effect.epoch, fetched_bytes=fetched_bytes))
