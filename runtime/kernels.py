@@ -1,0 +1,175 @@
+"""Chooses the kernel for a matrix on this device: proves each one against the plain way, times it, remembers.
+
+Knows nothing of layers or tiles. What is chosen never changes the weights' arithmetic: the int8 kernels give the same
+bits, and so do packed and plain bfloat16; int4 has one kernel for few rows and one for many, alike within rounding.
+
+A choice is measured in a fraction of a second when a worker starts for the first time, and kept in a file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from runtime.linear import can_pack_bfloat16
+from runtime.quantised import (
+    DequantisedLinear,
+    Int4Packed,
+    Int4Unpacked,
+    Int4Weight,
+    Int8Dynamic,
+    Int8Integer,
+    Int8Weight,
+    can_pack_int4,
+    pack_int4,
+    relative_error,
+    unpack_int4,
+)
+
+TRIAL_ROWS, TRIAL_COLS, TRIAL_GROUP = 2048, 1024, 32
+MANY = (4, 8, 16, 32, 64)
+REPEATS = 5
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernels:
+    """What this device does best. The defaults are right everywhere, and slow."""
+
+    packs_bfloat16: bool = False  # oneDNN's reordered matrix
+    packs_int8: bool = False  # fbgemm's prepacked matrix
+    packs_int4: bool = False  # torch's int4 product
+    int4_few_rows: int = 0  # up to here torch's int4 product is faster than making floats first
+
+
+def measure(device: torch.device) -> Kernels:
+    """Try the kernels of a device; takes a fraction of a second."""
+    if device.type != "cpu":
+        return Kernels()
+    with torch.inference_mode():
+        packs_int4 = _is_right(_int4_is_right)
+        return Kernels(
+            packs_bfloat16=can_pack_bfloat16(),
+            packs_int8=_is_right(_int8_is_right) and _int8_is_faster(),
+            packs_int4=packs_int4,
+            int4_few_rows=_int4_few_rows() if packs_int4 else 0,
+        )
+
+
+def load_or_measure(device: torch.device, path: Path) -> Kernels:
+    """Return what `path` remembers of this device and this torch, else measure and remember."""
+    key = f"{torch.__version__} {device.type} {platform.machine()} {torch.get_num_threads()} {_capability()}"
+    try:
+        known = json.loads(path.read_text())
+        if known["key"] == key:
+            return Kernels(**known["kernels"])
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        _log.warning("%s can't be used (%s); measuring the kernels again", path, error)
+    kernels = measure(device)
+    _remember(path, {"key": key, "kernels": asdict(kernels)})
+    return kernels
+
+
+def _remember(path: Path, value: object) -> None:
+    """Written atomically; where that is not possible the next start measures again."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(value, file)
+        Path(temporary).replace(path)
+    except OSError as error:
+        _log.warning("can't keep %s: %s", path, error.strerror or error)
+
+
+def _capability() -> str:
+    return str(torch.backends.cpu.get_cpu_capability())
+
+
+def _is_right(trial: Callable[[], bool]) -> bool:
+    """A kernel that this build of torch lacks raises; then it is simply not chosen."""
+    try:
+        return trial()
+    except (RuntimeError, AttributeError, NotImplementedError) as error:
+        _log.info("no kernel: %s", error)
+        return False
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(1)
+
+
+def _int8(rows: int = TRIAL_ROWS) -> Int8Weight:
+    value = torch.randint(-127, 128, (rows, TRIAL_COLS), dtype=torch.int8, generator=_generator())
+    return Int8Weight(value, torch.rand(rows, generator=_generator()) * 0.01 + 0.001)
+
+
+def _int4(rows: int = TRIAL_ROWS) -> Int4Weight:
+    shape = (rows, TRIAL_COLS // TRIAL_GROUP)
+    packed = torch.randint(0, 256, (rows, TRIAL_COLS // 2), dtype=torch.uint8, generator=_generator())
+    scale = (torch.rand(shape, generator=_generator()) * 0.01 + 0.001).bfloat16()
+    return Int4Weight(packed, scale, (torch.randn(shape, generator=_generator()) * 0.01).bfloat16())
+
+
+def _inputs(rows: int) -> Tensor:
+    return torch.randn(rows, TRIAL_COLS, generator=_generator())
+
+
+def _int8_is_right() -> bool:
+    """fbgemm must give the very bits of the integer products; it does not where 8-bit sums saturate."""
+    weight, x = _int8(272), _inputs(64)
+    # Full-scale values of one sign are what saturates.
+    weight.value_OI[0], x[0] = 127, x[0].abs() + 1
+    return torch.equal(Int8Dynamic(weight, None).apply(x), Int8Integer(weight, None).apply(x))
+
+
+def _int8_is_faster() -> bool:
+    weight, x = _int8(), _inputs(1)
+    return _seconds(Int8Dynamic(weight, None), x) < _seconds(Int8Integer(weight, None), x)
+
+
+def _int4_is_right() -> bool:
+    weight, x = _int4(272), _inputs(3).bfloat16()
+    if not can_pack_int4(272, TRIAL_COLS, TRIAL_GROUP):
+        return False
+    packed, scales_and_zeros = pack_int4(weight)
+    nibble = torch.stack((weight.packed & 15, weight.packed >> 4), dim=-1).view(272, -1)
+    if not torch.equal(unpack_int4(packed), nibble.t()):
+        return False
+    wanted = DequantisedLinear(weight, None).apply(x.float())
+    return relative_error(Int4Packed(packed, scales_and_zeros, TRIAL_GROUP, None).apply(x), wanted) < 0.02
+
+
+def _int4_few_rows() -> int:
+    weight = _int4()
+    packed = pack_int4(weight)
+    few, many = Int4Packed(*packed, TRIAL_GROUP, None), Int4Unpacked(*packed, TRIAL_GROUP, None)
+    best = 1
+    for rows in MANY:
+        x = _inputs(rows).bfloat16()
+        if _seconds(few, x) > _seconds(many, x):
+            break
+        best = rows
+    return best
+
+
+def _seconds(linear: Int8Dynamic | Int8Integer | Int4Packed | Int4Unpacked, x_TI: Tensor) -> float:
+    """The best of a few runs: what else the device is doing only makes a run slower."""
+    best = float("inf")
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        linear.apply(x_TI)
+        best = min(best, time.perf_counter() - began)
+    return best
