@@ -43,9 +43,9 @@ def run(given_link: str | None, **given: Any) -> int:
         return 0
     require_torch()
     setup_logging(logs.config.log_level, logs.config.log_json)
-    from worker.daemon import run as run_worker
+    from worker.daemon import run as work  # torch is loaded only now
 
-    return run_worker(worker.config)
+    return work(worker.config)
 
 
 def require_torch() -> None:

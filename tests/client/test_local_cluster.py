@@ -64,7 +64,6 @@ def test_requests_computed_together_do_not_change_each_other(cluster: LocalClust
 
 def test_the_status_tells_who_holds_what(cluster: LocalCluster) -> None:
     status = cluster.status()
-    assert [worker["phase"] for worker in status["workers"]] == ["ready"] * 3
     assert status["plan"]["head"] == "worker-1"
     assert {worker["name"] for worker in status["workers"]} == {worker.name for worker in cluster.workers}
     assert all(worker["weight_bytes"] > 0 for worker in status["workers"])
@@ -104,16 +103,16 @@ def test_a_killed_worker_ends_the_stream_with_its_name_and_nothing_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    before = set(threading.enumerate())
+    threads, others = set(threading.enumerate()), set(psutil.Process().children(recursive=True))
     with LocalCluster(plan="1/1") as running:
-        children = psutil.Process().children(recursive=True)
+        children = set(psutil.Process().children(recursive=True)) - others
         with running.client().generate(PROMPTS[0], max_tokens=900, ignore_eos=True, stream=True) as stream:
             next(stream)
             running.workers[1].child.process.kill()
             with pytest.raises(PeerLost, match="worker-2"):
                 for _ in stream:
                     pass
-    assert len(children) >= 3
-    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    assert len(children) == 3
+    assert not [child for child in children if child.is_running()]
     assert list(tmp_path.iterdir()) == []
-    assert set(threading.enumerate()) <= before
+    assert set(threading.enumerate()) <= threads
