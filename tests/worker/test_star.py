@@ -1,0 +1,162 @@
+"""The star's bookkeeping and its arithmetic, with a post that the test fills."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_cluster import SPEC, plan_of
+
+from protocol.errors import DeadlineExceeded, ManyhandsError, ProtocolViolation
+from protocol.frames import Buffer
+from protocol.ids import WorkerId
+from protocol.messages import Activation, Partial, Sum
+from protocol.specs import ActivationFormat, Span
+from runtime.reduce import to_wire
+from worker.collector import Collector, Operation
+from worker.star import Star, StarFrame
+from worker.wire import pack_data, unpack_data
+
+A, B, C = (WorkerId(name) for name in "abc")
+FP32, BF16 = ActivationFormat.FLOAT32, ActivationFormat.BFLOAT16
+MEMBERS = [("a", Span(0, 1), Span(0, 1)), ("b", Span(1, 2), Span(1, 2)), ("c", Span(2, 2), Span(2, 3))]
+PLAN = plan_of([(Span(0, SPEC.layers), MEMBERS, 0)], head="a")
+ATTENTION, FFN = 2, 3
+
+
+@given(st.permutations(range(5)), st.integers(0, 4))
+def test_parts_come_out_in_rank_order_whatever_order_they_came_in(order: list[int], own: int) -> None:
+    collector: Collector[int] = Collector(Operation(1, 2), set(order) - {own})
+    for rank in order:
+        if rank != own:
+            assert not collector.is_complete
+            assert rank in collector.missing
+            collector.add(Operation(1, 2), rank, rank)
+    assert collector.is_complete
+    assert collector.in_rank_order(own, own) == sorted(order)
+
+
+@given(st.integers(0, 9), st.integers(0, 9), st.integers(-1, 6))
+def test_what_does_not_fit_is_refused(step: int, op: int, rank: int) -> None:
+    collector: Collector[int] = Collector(Operation(1, 2), {1, 2})
+    collector.add(Operation(1, 2), 1, 0)
+    if (step, op) == (1, 2) and rank == 2:
+        collector.add(Operation(step, op), rank, 0)
+        return
+    with pytest.raises(ProtocolViolation):
+        collector.add(Operation(step, op), rank, 0)
+
+
+class FakePost:
+    def __init__(self, frames: list[StarFrame]) -> None:
+        self.frames = frames
+        self.sent: list[tuple[tuple[WorkerId, ...], Any, bytes]] = []
+
+    def send(self, targets: Sequence[WorkerId], message: object, payload: Buffer) -> None:
+        self.sent.append((tuple(targets), message, bytes(payload)))
+
+    def next_star_frame(self, timeout_s: float) -> StarFrame | None:
+        return self.frames.pop(0) if self.frames else None
+
+
+def tensor(value: float, rows: int = 2) -> torch.Tensor:
+    return torch.full((rows, SPEC.hidden), value)
+
+
+def part(
+    sender: WorkerId, rank: int, value: float, *, op: int = ATTENTION, step: int = 5, rows: int = 2, wire: Any = FP32
+) -> StarFrame:
+    message = Partial(epoch=1, step=step, op=op, rank=rank, format=wire)
+    return StarFrame(sender, message, to_wire(tensor(value, rows), wire))
+
+
+def total(sender: WorkerId, value: float, *, op: int = ATTENTION, step: int = 5) -> StarFrame:
+    return StarFrame(sender, Sum(epoch=1, step=step, op=op, format=FP32), to_wire(tensor(value), FP32))
+
+
+def star(own: WorkerId, frames: list[StarFrame]) -> tuple[Star, FakePost]:
+    post = FakePost(frames)
+    return Star(PLAN, own, post, torch.device("cpu"), timeout_s=1.0), post
+
+
+def test_the_hub_adds_in_rank_order_and_sends_all_the_same_bytes() -> None:
+    big, small = 2.0**24, 1.0
+    hub, post = star(A, [part(C, 2, small, op=FFN), part(B, 1, -big, op=FFN)])
+    found = hub.reduce(5, 2, FFN, tensor(big))
+    assert torch.equal(found, tensor(small))  # big + small - big would lose it
+    ((targets, message, payload),) = post.sent
+    assert targets == (B, C)
+    assert message == Sum(epoch=1, step=5, op=FFN, format=FP32)
+    assert payload == bytes(to_wire(found, FP32))
+
+
+def test_a_member_without_a_part_only_receives() -> None:
+    member, post = star(C, [total(A, 3.0)])
+    assert torch.equal(member.reduce(5, 2, ATTENTION, None), tensor(3.0))
+    assert post.sent == []
+    hub, _ = star(A, [part(B, 1, 2.0)])  # and the hub does not wait for it
+    assert torch.equal(hub.reduce(5, 2, ATTENTION, tensor(1.0)), tensor(3.0))
+
+
+def test_a_member_sends_its_part_to_the_hub() -> None:
+    member, post = star(B, [total(A, 3.0)])
+    member.reduce(5, 2, ATTENTION, tensor(2.0))
+    assert post.sent == [
+        ((A,), Partial(epoch=1, step=5, op=ATTENTION, rank=1, format=FP32), bytes(to_wire(tensor(2.0), FP32)))
+    ]
+
+
+WRONG = {
+    "another's rank": (A, part(C, 1, 1.0), C),
+    "a rank beyond the members": (A, part(C, 7, 1.0), C),
+    "a rank without a part": (A, part(C, 2, 1.0), ""),
+    "another op": (A, part(B, 1, 1.0, op=6), ""),
+    "another step": (A, part(B, 1, 1.0, step=4), ""),
+    "too few rows": (A, part(B, 1, 1.0, rows=1), B),
+    "another format": (A, part(B, 1, 1.0, wire=BF16), B),
+    "a sum to the hub": (A, total(B, 1.0), B),
+    "a sum of a member": (B, total(C, 1.0), C),
+    "a sum of another op": (B, total(A, 1.0, op=3), A),
+    "a sum of another step": (B, total(A, 1.0, step=6), A),
+    "a part to a member": (B, part(A, 0, 1.0), A),
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_a_frame_that_does_not_fit_names_its_sender(words: str) -> None:
+    own, frame, blamed = WRONG[words]
+    end, _ = star(own, [frame])
+    with pytest.raises(ProtocolViolation) as caught:
+        end.reduce(5, 2, ATTENTION, tensor(1.0))
+    assert caught.value.node == blamed
+
+
+@pytest.mark.parametrize(("own", "awaited"), [(A, B), (B, A)])
+def test_a_wait_in_vain_names_whom_it_waited_for(own: WorkerId, awaited: WorkerId) -> None:
+    end, _ = star(own, [])
+    with pytest.raises(DeadlineExceeded, match=f"{awaited} sent nothing for op 2 of step 5") as caught:
+        end.reduce(5, 2, ATTENTION, tensor(1.0))
+    assert caught.value.node == awaited
+
+
+@pytest.mark.parametrize("num_bytes", [0, 4, 32 * 1024, 32 * 1024 + 1])
+def test_a_data_message_survives_its_packing(num_bytes: int) -> None:
+    message, payload = Partial(epoch=1, step=2, op=3, rank=4, format=FP32), bytes(num_bytes)
+    frames = pack_data(message, payload)
+    assert len(frames) == (1 if num_bytes <= 32 * 1024 else 2)
+    assert unpack_data(frames) == (message, memoryview(payload))
+
+
+@given(st.binary(max_size=60), st.booleans())
+def test_hostile_frames_are_refused_by_a_typed_error(data: bytes, marked: bool) -> None:
+    frame = b"\xc1" + data if marked else data
+    try:
+        received = unpack_data([frame])
+    except ManyhandsError as error:
+        assert isinstance(error, ProtocolViolation)
+    else:
+        assert not isinstance(received.message, Activation)
