@@ -17,7 +17,8 @@ from protocol.specs import Positive
 class SessionRows:
     """`count` consecutive positions of one session from `start`; `capacity` positions are reserved for its KV cache.
 
-    `sample` says that the last of these rows yields the session's next token.
+    `sample` says that the last of these rows yields the session's next token. `at`: where in the KV arena of every
+    worker the session's positions lie; the coordinator hands out these places, alike for all.
     """
 
     session: SessionId
@@ -25,6 +26,7 @@ class SessionRows:
     count: Positive
     capacity: Positive
     sample: bool = False
+    at: Count = 0
 
     def __post_init__(self) -> None:
         if self.start + self.count > self.capacity:

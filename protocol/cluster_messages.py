@@ -145,6 +145,12 @@ class Heartbeat:
     resident_bytes: NumBytes
     weight_bytes: NumBytes
     kv_bytes: NumBytes
+    peak_bytes: NumBytes = 0  # the most this process ever held
+    streamed_bytes: NumBytes = 0  # read by the window under this plan
+    streaming_s: Seconds = 0.0  # time spent reading them
+    stalled_s: Seconds = 0.0  # time the compute thread stood waiting for the window
+    computing_s: Seconds = 0.0  # time the compute thread spent on steps, waiting included
+    steps: Count = 0  # computed under this plan
 
 
 @message(8, C, {W, H})
@@ -215,6 +221,9 @@ class Loaded:
     fetched_bytes: NumBytes
     resident_bytes: NumBytes
     load_s: Seconds
+    predicted_bytes: NumBytes = 0  # what this process will hold at most under this plan
+    pinned_bytes: NumBytes = 0  # weights that stay in memory
+    window_bytes: NumBytes = 0  # slots that the other weights flow through
 
 
 @message(15, C, {W, H})

@@ -42,6 +42,7 @@ class DeviceProfile:
     budget_bytes: NumBytes  # what its owner lets it take
     device: Name  # cpu, cuda, mps
     torch: Text
+    base_bytes: NumBytes = 0  # what the process takes before it holds anything
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

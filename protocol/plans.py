@@ -74,6 +74,9 @@ class Plan:
     stages: tuple[Stage, ...]
     wire: ActivationFormat
     words: Name = "auto"  # the plan as its author wrote it, e.g. "1,1/2,1"
+    kv_positions: Count = 0  # of all sessions together: the size of each worker's KV arena
+    step_rows: Count = 0  # the largest step there will be, and how many of its rows are sampled
+    step_samples: Count = 0
 
     def __post_init__(self) -> None:
         require_tiling(tuple(stage.layers for stage in self.stages), self.model.layers, "layers of the stages")

@@ -80,7 +80,7 @@ class Slice(NamedTuple):
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "uint8": 1}
 
 
-class _Layout:
+class Layout:
     """Collects parts one after the other, aligned."""
 
     def __init__(self) -> None:
@@ -157,7 +157,7 @@ def all_tiles(spec: ModelSpec) -> list[TileId]:
 
 def tile_parts(spec: ModelSpec, tile: TileId) -> tuple[Part, ...]:
     """Return the tensors of a tile with their places; the tile ends where the last part ends."""
-    layout = _Layout()
+    layout = Layout()
     {
         TileKind.ATTENTION: _attention_parts,
         TileKind.FFN: _ffn_parts,
@@ -180,7 +180,7 @@ def _plain_dtype(spec: ModelSpec) -> str:
     return "float32" if spec.activations is ActivationFormat.FLOAT32 else "bfloat16"
 
 
-def _attention_parts(layout: _Layout, spec: ModelSpec, tile: TileId) -> None:
+def _attention_parts(layout: Layout, spec: ModelSpec, tile: TileId) -> None:
     rows, plain = spec.queries_per_group * spec.head_dim, _plain_dtype(spec)
     for name, num_rows in (("q", rows), ("k", spec.head_dim), ("v", spec.head_dim)):
         layout.add_matrix(name, spec.weights, num_rows, spec.hidden)
@@ -194,7 +194,7 @@ def _attention_parts(layout: _Layout, spec: ModelSpec, tile: TileId) -> None:
         layout.add("k_norm", plain, spec.head_dim)
 
 
-def _ffn_parts(layout: _Layout, spec: ModelSpec, tile: TileId) -> None:
+def _ffn_parts(layout: Layout, spec: ModelSpec, tile: TileId) -> None:
     cols, plain = len(ffn_span(spec, tile.index)), _plain_dtype(spec)
     for name in ("gate", "up"):
         layout.add_matrix(name, spec.weights, cols, spec.hidden)
@@ -205,16 +205,16 @@ def _ffn_parts(layout: _Layout, spec: ModelSpec, tile: TileId) -> None:
         layout.add("down.bias", plain, spec.hidden)
 
 
-def _norm_parts(layout: _Layout, spec: ModelSpec, tile: TileId) -> None:
+def _norm_parts(layout: Layout, spec: ModelSpec, tile: TileId) -> None:
     layout.add("attention_norm", _plain_dtype(spec), spec.hidden)
     layout.add("ffn_norm", _plain_dtype(spec), spec.hidden)
 
 
-def _final_norm_parts(layout: _Layout, spec: ModelSpec, tile: TileId) -> None:
+def _final_norm_parts(layout: Layout, spec: ModelSpec, tile: TileId) -> None:
     layout.add("final_norm", _plain_dtype(spec), spec.hidden)
 
 
-def _vocab_parts(layout: _Layout, spec: ModelSpec, tile: TileId) -> None:
+def _vocab_parts(layout: Layout, spec: ModelSpec, tile: TileId) -> None:
     layout.add_matrix("rows", vocab_format(spec.weights), len(lm_head_span(spec, tile.index)), spec.hidden)
 
 

@@ -34,7 +34,7 @@ def frames_of(message: object) -> list[frames.Buffer]:
 def test_every_message_of_the_table_has_a_sample_and_a_golden_frame() -> None:
     names = sorted(row.message.__name__ for row in m.TABLE.values())
     assert sorted(map(name_of, SAMPLES)) == names
-    assert sorted(GOLDEN) == names
+    assert sorted({name.split("@")[0] for name in GOLDEN}) == names
 
 
 @EACH_SAMPLE
@@ -46,9 +46,11 @@ def test_round_trip(message: object) -> None:
 
 @EACH_SAMPLE
 def test_golden_frames_are_read_and_written_for_ever(message: object) -> None:
-    golden = bytes.fromhex(GOLDEN[name_of(message)])
-    assert bytes(encode(message)[0]) == golden
-    assert decode([golden, b""][: len(encode(message))]).message == message
+    """`Name@2` is the frame since fields were added; the samples leave those at their defaults."""
+    versions = [bytes.fromhex(frame) for name, frame in GOLDEN.items() if name.split("@")[0] == name_of(message)]
+    assert bytes(encode(message)[0]) == versions[-1]
+    for golden in versions:
+        assert decode([golden, b""][: len(encode(message))]).message == message
 
 
 @EACH_SAMPLE
