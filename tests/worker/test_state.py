@@ -1,0 +1,200 @@
+"""The control side's decisions: a table of stories, and invariants under any order of events."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from tiny_cluster import SPEC, plan_of
+
+from protocol.errors import PeerLost, StorageFull, TileUnavailable
+from protocol.ids import WorkerId
+from protocol.messages import Fault, Loaded
+from protocol.specs import Span
+from worker.commands import Failed, Ready, TilesSpoiled
+from worker.state import (
+    BeginPlan,
+    DropPlan,
+    Effect,
+    End,
+    Event,
+    Fetched,
+    FetchFailed,
+    Ordered,
+    Phase,
+    Silent,
+    StartFetch,
+    StartLoad,
+    StopAsked,
+    StopFetch,
+    Tell,
+    Unloaded,
+    Welcomed,
+    WorkerState,
+)
+
+ALL = (Span(0, SPEC.layers), [("a", Span(0, SPEC.kv_heads), Span(0, SPEC.ffn_tiles))], 0)
+WELCOME = Welcomed(worker=WorkerId("a"), term=1)
+
+
+def order(epoch: int) -> Ordered:
+    return Ordered(plan=plan_of([ALL], head="a", epoch=epoch), links=(), entries=())
+
+
+def ready(epoch: int) -> Ready:
+    return Ready(epoch=epoch, weight_bytes=7, resident_bytes=8, load_s=0.5)
+
+
+def fetched(epoch: int, num_bytes: int = 5) -> Fetched:
+    return Fetched(epoch=epoch, fetched_bytes=num_bytes)
+
+
+def spoiled(epoch: int) -> TilesSpoiled:
+    return TilesSpoiled(epoch=epoch, error=TileUnavailable("altered"))
+
+
+def lost(epoch: int) -> Failed:
+    return Failed(epoch=epoch, error=PeerLost("b is gone", node="b"), lost="b")
+
+
+STORIES: dict[str, list[tuple[Event, str]]] = {
+    "to ready": [
+        (order(1), "BeginPlan StartFetch"), (fetched(1), "StartLoad"), (ready(1), "Tell"), (ready(1), ""),
+    ],
+    "a newer order takes the place of a fetch": [
+        (order(1), "BeginPlan StartFetch"), (order(2), "StopFetch BeginPlan StartFetch"), (fetched(1), ""),
+        (fetched(2), "StartLoad"), (ready(1), ""), (ready(2), "Tell"),
+    ],
+    "a newer order takes the place of a load": [
+        (order(1), "BeginPlan StartFetch"), (fetched(1), "StartLoad"), (order(3), "BeginPlan StartFetch"),
+        (ready(1), ""), (lost(1), ""),
+    ],
+    "an older or repeated order is dropped": [
+        (order(2), "BeginPlan StartFetch"), (order(2), ""), (order(1), ""),
+    ],
+    "an order that its own unload has overtaken is dropped": [(Unloaded(epoch=2), ""), (order(2), "")],
+    "unload of an older epoch changes nothing": [(order(2), "BeginPlan StartFetch"), (Unloaded(epoch=1), "")],
+    "unload while fetching": [
+        (order(1), "BeginPlan StartFetch"), (Unloaded(epoch=1), "StopFetch DropPlan"), (fetched(1), ""),
+    ],
+    "a spoiled tile is fetched again, three times in all": [
+        (order(1), "BeginPlan StartFetch"), (fetched(1), "StartLoad"), (spoiled(1), "StartFetch"),
+        (fetched(1), "StartLoad"), (spoiled(1), "StartFetch"), (fetched(1), "StartLoad"), (spoiled(1), "Tell"),
+        (spoiled(1), ""),
+    ],
+    "a fault is told once, and the plan waits for the coordinator's word": [
+        (order(1), "BeginPlan StartFetch"), (fetched(1), "StartLoad"), (ready(1), "Tell"), (lost(1), "Tell"),
+        (lost(1), ""), (Unloaded(epoch=1), "DropPlan"), (order(2), "BeginPlan StartFetch"),
+    ],
+    "a fetch that fails": [
+        (order(1), "BeginPlan StartFetch"), (FetchFailed(epoch=1, error=StorageFull("full")), "StopFetch Tell"),
+    ],
+    "silence drops the plan": [
+        (order(1), "BeginPlan StartFetch"), (fetched(1), "StartLoad"), (ready(1), "Tell"), (Silent(), "DropPlan"),
+        (Silent(), ""), (order(1), ""),
+    ],
+    "a restarted coordinator counts anew": [
+        (order(5), "BeginPlan StartFetch"), (Silent(), "StopFetch DropPlan"),
+        (Welcomed(worker=WorkerId("a"), term=2), ""), (order(1), "BeginPlan StartFetch"),
+    ],
+    "the end": [
+        (order(1), "BeginPlan StartFetch"), (StopAsked(reason="SIGTERM"), "StopFetch DropPlan End"), (order(2), ""),
+        (StopAsked(reason="again"), ""),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", STORIES)
+def test_stories(words: str) -> None:
+    state = WorkerState()
+    state.handle(WELCOME)
+    for event, expected in STORIES[words]:
+        assert [type(effect).__name__ for effect in state.handle(event)] == expected.split(), event
+
+
+def test_what_is_told() -> None:
+    state = WorkerState()
+    state.handle(WELCOME)
+    state.handle(order(4))
+    state.handle(fetched(4, 5))
+    state.handle(spoiled(4))
+    state.handle(fetched(4, 6))
+    (tell,) = state.handle(ready(4))
+    assert tell == Tell(message=Loaded(epoch=4, weight_bytes=7, fetched_bytes=11, resident_bytes=8, load_s=0.5))
+    (told,) = state.handle(lost(4))
+    assert isinstance(told, Tell)
+    assert isinstance(told.message, Fault)
+    assert (told.message.epoch, told.message.lost) == (4, "b")
+    assert isinstance(told.message.error.error(), PeerLost)
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Whatever comes in whatever order: one fetch, one plan, nothing told of an epoch that is over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = WorkerState()
+        self.state.handle(WELCOME)
+        self.begun: list[int] = []
+        self.is_fetching = self.is_ended = False
+
+    @rule(
+        event=st.builds(
+            lambda make, epoch: make(epoch),
+            st.sampled_from(
+                [
+                    order,
+                    ready,
+                    fetched,
+                    spoiled,
+                    lost,
+                    lambda epoch: Unloaded(epoch=epoch),
+                    lambda epoch: FetchFailed(epoch=epoch, error=StorageFull("full")),
+                    lambda epoch: Silent(),
+                ]
+            ),
+            st.integers(1, 6),
+        )
+    )
+    def any_event(self, event: Any) -> None:
+        self.follow(self.state.handle(event))
+
+    @rule()
+    def stop(self) -> None:
+        self.follow(self.state.handle(StopAsked(reason="x")))
+
+    def follow(self, effects: list[Effect]) -> None:
+        assert not (self.is_ended and effects)
+        for effect in effects:
+            match effect:
+                case BeginPlan(plan=plan):
+                    assert not self.begun or plan.epoch > self.begun[-1]
+                    self.begun.append(plan.epoch)
+                case StartFetch(epoch=epoch):
+                    assert epoch == self.begun[-1]
+                    assert not self.is_fetching
+                    self.is_fetching = True
+                case StopFetch():
+                    self.is_fetching = False
+                case StartLoad(epoch=epoch):
+                    assert epoch == self.begun[-1] == self.state.epoch
+                    self.is_fetching = False
+                case DropPlan(epoch=epoch):
+                    assert epoch == self.begun[-1]
+                case Tell(message=message):
+                    assert message.epoch == self.begun[-1] == self.state.epoch
+                case End():
+                    self.is_ended = True
+
+    @invariant()
+    def phase_and_epoch_agree(self) -> None:
+        is_idle = self.state.phase in (Phase.IDLE, Phase.ENDING)
+        assert (self.state.epoch == 0) is is_idle
+        assert not self.is_fetching or self.state.phase is Phase.FETCHING
+
+
+AnyOrder.TestCase.settings = settings(max_examples=80, stateful_step_count=25, deadline=None)
+TestAnyOrder = AnyOrder.TestCase
