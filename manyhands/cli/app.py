@@ -6,6 +6,7 @@ Knows nothing of what the sub-commands do.
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import os
 import sys
@@ -73,6 +74,9 @@ def root(ctx: click.Context, debug: bool) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code (sysexits.h): errors are told in two lines, never as a traceback."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that can't show a letter gets a question mark
+            stream.reconfigure(errors="replace")
     try:
         code = root.main(arguments, prog_name="manyhands", standalone_mode=False)
         return code if isinstance(code, int) else exits.OK

@@ -42,11 +42,12 @@ def _phase(before: Tree, after: Tree) -> list[str]:
     phase, epoch = after.get("phase"), after.get("epoch")
     if phase == "ready" and (before.get("phase"), before.get("epoch")) != (phase, epoch):
         return [f"ready: plan {plan_line(after)}"]
-    if phase == "waiting" and (before.get("phase"), before.get("detail")) != (phase, after.get("detail")):
-        return [f"waiting: {after.get('detail', '')}"]
-    if phase != before.get("phase") and phase != "waiting":
-        return [f"{phase}: {after.get('detail', '')}"]
-    return []
+    detail = after.get("detail", "")
+    if phase == "waiting" and (before.get("phase"), before.get("detail")) != (phase, detail):
+        return [detail] if detail else []
+    if phase == "probing" and before.get("phase") != phase:
+        return [detail]
+    return []  # LoadMeter tells how loading gets on
 
 
 class LoadMeter:

@@ -16,11 +16,14 @@ from rich.console import Console
 from rich.status import Status as Spinner
 from rich.table import Table
 
+WIDE = 1000
+
 
 def console(stream: TextIO | None = None) -> Console:
     """Return a console for notes (standard error by default): plain when it is no terminal or NO_COLOR is set."""
     out = stream if stream is not None else sys.stderr
-    return Console(file=out, highlight=False, soft_wrap=True, emoji=False, markup=False)
+    width = None if out.isatty() else WIDE  # a pipe has no width: nothing may be cut there
+    return Console(file=out, highlight=False, soft_wrap=True, emoji=False, markup=False, width=width)
 
 
 class WaitNote:

@@ -47,11 +47,11 @@ def worker_rows(status: Tree) -> list[Row]:
             worker["name"],
             worker.get("role", DASH),
             worker.get("phase", DASH),
-            f"{worker.get('device', DASH)} {worker.get('cores', DASH)} cores",
+            f"{worker.get('device', DASH)} x{worker.get('cores', DASH)}",
             _range(shares.get(worker["name"], {}).get("layers")),
             bytes_text(worker.get("weight_bytes", 0)),
-            f"{bytes_text(worker.get('resident_bytes', 0))} of {bytes_text(worker.get('budget_bytes', 0))}",
-            f"{worker.get('last_heard_s', 0):.1f} s ago",
+            bytes_text(worker.get("resident_bytes", 0)),
+            f"{worker.get('last_heard_s', 0):.1f} s",
             worker.get("link", DASH),
         )
         for worker in status.get("workers", [])

@@ -78,6 +78,10 @@ class FakeCoordinator:
                 self.arrived.clear()
                 await self.arrived.wait()
 
+    def wait_until(self, holds: Callable[[], bool]) -> None:
+        """As `until`, for another thread than the one that serves."""
+        asyncio.run_coroutine_threadsafe(self.until(holds), self._task.get_loop()).result()
+
     def say(self, to: bytes, message: object, payload: Buffer | None = None) -> None:
         self._router.send_multipart([to, *encode(message, payload)])
 

@@ -213,7 +213,7 @@ def test_ctrl_c_stops_the_answer_and_the_talk_goes_on(
     fake.on_generate = interrupt
     assert chat("one\ntwo\n", monkeypatch) == 0
     assert capsys.readouterr().out.endswith(" [stopped]\nback\n")
-    assert len(fake.of(Cancel)) == 1
+    fake.wait_until(lambda: len(fake.of(Cancel)) == 1)
 
 
 def test_ctrl_c_ends_ask(fake: FakeCoordinator) -> None:
@@ -223,7 +223,7 @@ def test_ctrl_c_ends_ask(fake: FakeCoordinator) -> None:
 
     fake.on_generate = interrupt
     assert main(["ask", "hi"]) == exits.INTERRUPTED
-    assert len(fake.of(Cancel)) == 1
+    fake.wait_until(lambda: len(fake.of(Cancel)) == 1)
 
 
 def test_status_for_people_and_for_programs(fake: FakeCoordinator, capsys: Capture) -> None:

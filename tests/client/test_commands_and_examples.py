@@ -86,7 +86,7 @@ def test_up_join_and_ask(environ: dict[str, str]) -> None:
             assert asked.returncode == 0, asked.stderr
             assert '"completion_tokens": 6' in asked.stdout
             status = run([*MANYHANDS, "status"], environ)
-            assert re.search(r"^there\s+worker\s+ready", status.stdout, re.MULTILINE), status.stdout
+            assert re.search(r"^there +worker +ready +cpu", status.stdout, re.MULTILINE), status.stdout
         finally:
             joined.send_signal(signal.SIGINT)
             assert joined.wait(30) in (0, exits.INTERRUPTED)

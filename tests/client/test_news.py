@@ -44,8 +44,8 @@ def test_lines() -> None:
 WAITING = status(phase="waiting", detail="waiting for 2 workers", workers=[worker("w1")], plan=None)
 NEWS = [
     (READY, READY, []),
-    ({}, WAITING, ["w1 joined (Linux aarch64, cpu, 4 cores, may take 4.0 GB)", "waiting: waiting for 2 workers"]),
-    (WAITING, status(phase="probing", workers=[worker("w1")], detail="links"), ["probing: links"]),
+    ({}, WAITING, ["w1 joined (Linux aarch64, cpu, 4 cores, may take 4.0 GB)", "waiting for 2 workers"]),
+    (WAITING, status(phase="probing", workers=[worker("w1")], detail="probing links"), ["probing links"]),
     (status(phase="loading"), READY, ["ready: plan 1,1/1 (3 workers in 2 stages)"]),
     (READY, status(epoch=8), ["ready: plan 1,1/1 (3 workers in 2 stages)"]),
     (READY, status(last_error="w3 was silent"), ["trouble: w3 was silent"]),
