@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +39,13 @@ class Identity:
     def __init__(self, folder: Path) -> None:
         """Open the state folder for this process alone; raises ConfigInvalid when it can't be used."""
         self._path = folder / "homes.json"
+        self._lock = _lock(folder)
         try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._lock = (folder / "lock").open("wb", buffering=0)
-            if fcntl is not None:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigInvalid(
-                f"another worker uses the state folder {folder}", remedy="stop it, or give this one its own --state-dir"
-            ) from None
-        except OSError as error:
-            raise ConfigInvalid(f"state folder {folder}: {error.strerror}") from error
-        self.keys: KeyPair = load_or_create_keypair(folder / "identity.key")
-        self._homes = {home.server_key: home for home in self._read()}
+            self.keys: KeyPair = load_or_create_keypair(folder / "identity.key")
+            self._homes = {home.server_key: home for home in self._read()}
+        except ConfigInvalid:
+            self._lock.close()
+            raise
 
     def home_of(self, link: Link | None) -> Home | None:
         """Return the coordinator of this link if we belong to it, with the link's addresses first.
@@ -114,3 +109,22 @@ def _home(line: dict[str, Any]) -> Home:
     return Home(
         server_key=server_key, addresses=addresses, worker=worker_id(line["worker"]), cluster=str(line["cluster"])
     )
+
+
+def _lock(folder: Path) -> FileIO:
+    """Open the folder's lock file and hold it; raises ConfigInvalid when another process does."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        file = (folder / "lock").open("wb", buffering=0)
+    except OSError as error:
+        raise ConfigInvalid(f"state folder {folder}: {error.strerror}") from error
+    if fcntl is None:
+        return file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ConfigInvalid(
+            f"another worker uses the state folder {folder}", remedy="stop it, or give this one its own --state-dir"
+        ) from None
+    return file
