@@ -83,10 +83,11 @@ class FakeCoordinator:
         asyncio.run_coroutine_threadsafe(self.until(holds), self._task.get_loop()).result()
 
     def say(self, to: bytes, message: object, payload: Buffer | None = None) -> None:
-        self._router.send_multipart([to, *encode(message, payload)])
+        self.say_raw(to, *encode(message, payload))
 
-    def say_raw(self, to: bytes, *frames: bytes) -> None:
-        self._router.send_multipart([to, *frames])
+    def say_raw(self, to: bytes, *frames: Buffer) -> None:
+        sent = self._router.send_multipart([to, *frames])
+        sent.add_done_callback(asyncio.Future.exception)  # a client that has hung up is no failure of the test
 
     async def _serve(self) -> None:
         while True:
