@@ -235,7 +235,7 @@ class ClusterState:
 
     def _check_leases(self, now: float) -> list[Effect]:
         last, self._last_tick = self._last_tick, now
-        if last is not None and now - last > self._policy.lease_s / 2:
+        if last is None or now - last > self._policy.lease_s / 2:
             self._registry.renew_all(now)  # we were away (suspended, stopped): silence proves nothing
         effects: list[Effect] = []
         silent = [member.worker for member in self._registry.silent(now)]

@@ -154,6 +154,9 @@ def test_messages_of_another_epoch_change_nothing(stale: int) -> None:
     for name in ("head", "b"):
         event = loaded(name, stale)
         stand.core.loaded(event.worker, event.loaded)
+        progress = progressed(name, stale, 500)
+        stand.core.progressed(progress.worker, progress.progress, stand.now)
+    assert stand.core.progress_text().startswith("0 bytes")
     assert stand.fault("b", epoch=stale) == []
     assert stand.core.phase is Phase.LOADING
 
