@@ -1,5 +1,5 @@
 """A seeded world in virtual time around the coordinator's core: workers that die, freeze, fail and come back, messages
-that are late, lost or doubled, clients that change their minds. Its `Referee` checks every effect.
+that are late, lost or doubled, clients that change their minds. A `Referee` checks every effect.
 
 One `random.Random` drives it all: the same seed gives the same trace.
 """
@@ -10,23 +10,20 @@ import heapq
 import itertools
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
-from core_cases import arrived, done, faulted, heartbeat, joined, loaded, make_spec, progressed, reached
+from core_cases import arrived, done, faulted, heartbeat, joined, loaded, progressed, reached
+from core_referee import SPEC, VOCAB, FoldedLog, Referee, Request
 
 from coordinator.events import (
     DisconnectWorker,
-    Effect,
     Event,
     Phase,
     RequestCancelled,
     SendControl,
     SendStep,
     SessionEnded,
-    SessionFailed,
     StepFinished,
     Tick,
-    TokensCommitted,
     WorkerGone,
     token_ids,
 )
@@ -34,14 +31,12 @@ from coordinator.policy import ClusterPolicy
 from coordinator.state import ClusterState
 from protocol.errors import ManyhandsError
 from protocol.ids import SessionId, WorkerId
-from protocol.messages import FinishReason, HeartbeatReply, Load, Probe, Release, Step, Unload
+from protocol.messages import HeartbeatReply, Load, Probe, Release, Step, Unload
 
-VOCAB = 97
 CHAOS_S, SETTLE_S = 20.0, 5.0
 MOST_S = 200.0  # by then all must be answered
 LATE_QUESTIONS = (1001, 1002)
 BUDGET = 1_440_000  # one worker alone has room for a few sessions only
-SPEC = make_spec(layers=4, max_positions=256, vocab=VOCAB)
 
 
 def policy_of(dice: random.Random) -> ClusterPolicy:
@@ -61,149 +56,6 @@ def policy_of(dice: random.Random) -> ClusterPolicy:
         max_waiting=dice.choice([2, 20]),
         prefill_chunk=dice.choice([4, 16]),
     )
-
-
-class FoldedLog:
-    """Stands for a model: the next token depends on all tokens before it, in their order."""
-
-    def __init__(self) -> None:
-        self.length = 0
-        self._value = 1
-
-    def extend(self, tokens: list[int]) -> None:
-        for token in tokens:
-            self._value = (self._value * 31 + token) % 1_000_003
-        self.length += len(tokens)
-
-    @property
-    def next_token(self) -> int:
-        return self._value % VOCAB
-
-
-def expected_answer(prompt: list[int], max_tokens: int, stop_tokens: frozenset[int]) -> list[int]:
-    """What a single machine would answer."""
-    log, answer = FoldedLog(), list[int]()
-    log.extend(prompt)
-    while len(answer) < max_tokens and log.next_token not in stop_tokens:
-        answer.append(log.next_token)
-        log.extend(answer[-1:])
-    return answer
-
-
-@dataclass
-class Request:
-    prompt: list[int]
-    max_tokens: int
-    stop_tokens: frozenset[int]
-    answer: list[int] = field(default_factory=list)
-    end: SessionEnded | SessionFailed | None = None
-
-
-class Referee:
-    """Checks every effect against what was promised; raises AssertionError."""
-
-    def __init__(self, core: ClusterState, policy: ClusterPolicy) -> None:
-        self.core = core
-        self.policy = policy
-        self.requests: dict[SessionId, Request] = {}
-        self.flying: dict[int, Step] = {}
-        self.epoch = self.room = 0
-        self.last_step = -1
-        self.held: dict[SessionId, int] = {}
-        self.starts: dict[SessionId, int] = {}
-        self.released: set[SessionId] = set()
-        self.told_release: set[tuple[WorkerId, SessionId]] = set()
-
-    def check_leases(self, now: float) -> None:
-        """After a tick nobody counts as a member who was silent for too long."""
-        assert all(member.lease.silence_s(now) < self.policy.lease_s for member in self.core._registry)
-
-    def check(self, effects: list[Effect]) -> None:
-        for effect in effects:
-            match effect:
-                case SendControl(message=Load() as load):
-                    self._check_load(load)
-                case SendControl(message=Release() as release):
-                    self._check_release(effect.worker, release)
-                case SendStep():
-                    self._check_step(effect)
-                case TokensCommitted():
-                    request = self.requests[effect.session]
-                    assert request.end is None
-                    assert effect.index == len(request.answer)
-                    request.answer += effect.tokens
-                case SessionEnded() | SessionFailed():
-                    self._check_end(effect)
-                case _:
-                    pass
-        self._check_bounds()
-
-    def _check_load(self, load: Load) -> None:
-        assert load.plan.epoch >= self.epoch
-        if load.plan.epoch > self.epoch:
-            self.epoch = load.plan.epoch
-            self.flying, self.held, self.starts, self.released, self.told_release = {}, {}, {}, set(), set()
-
-    def _check_release(self, worker: WorkerId, release: Release) -> None:
-        flying = {part.session for step in self.flying.values() for part in step.rows}
-        for session in release.sessions:
-            assert session in self.starts
-            assert session not in flying
-            assert (worker, session) not in self.told_release
-            assert self.requests[session].end is not None
-            self.held.pop(session, None)
-            self.released.add(session)
-            self.told_release.add((worker, session))
-
-    def _check_step(self, effect: SendStep) -> None:
-        step, plan = effect.step, self.core.plan
-        assert plan is not None
-        assert (step.epoch, effect.worker) == (plan.epoch, plan.head)
-        assert step.step > self.last_step
-        if not self.starts:
-            self.room = self.core._deployment.kv_room.positions
-        self.last_step = step.step
-        flying = {part.session for other in self.flying.values() for part in other.rows}
-        tokens = token_ids(effect.tokens).tolist()
-        assert {new.session for new in step.opens} == {part.session for part in step.rows if part.start == 0}
-        for part in step.rows:
-            request = self.requests[part.session]
-            assert request.end is None
-            assert part.session not in flying | self.released
-            assert part.start == self.starts.get(part.session, 0)
-            log = request.prompt + request.answer
-            mine, tokens = tokens[: part.count], tokens[part.count :]
-            assert mine == log[part.start : part.start + part.count]
-            assert part.sample == (part.start + part.count == len(log))
-            self.starts[part.session] = part.start + part.count
-            self.held[part.session] = part.capacity
-        assert tokens == []
-        assert sum(part.count > 1 for part in step.rows) <= 1
-        self.flying[step.step] = step
-        assert len(self.flying) <= len(plan.stages)
-        assert len(self.held) <= self.policy.max_sessions
-        assert sum(self.held.values()) <= self.room
-
-    def _check_end(self, end: SessionEnded | SessionFailed) -> None:
-        request = self.requests[end.session]
-        assert request.end is None
-        request.end = end
-        whole = expected_answer(request.prompt, request.max_tokens, request.stop_tokens)
-        assert request.answer == whole[: len(request.answer)]
-        if isinstance(end, SessionFailed):
-            assert isinstance(end.error, ManyhandsError)
-            assert end.error.message
-            return
-        assert end.usage.completion_tokens == len(request.answer)
-        if end.reason is not FinishReason.CANCELLED:
-            assert request.answer == whole
-            assert (end.reason is FinishReason.LENGTH) == (len(whole) == request.max_tokens)
-
-    def _check_bounds(self) -> None:
-        counts = self.core._sessions.counts
-        assert counts.running <= self.policy.max_sessions
-        assert counts.waiting <= self.policy.max_waiting
-        assert counts.running + counts.waiting == sum(request.end is None for request in self.requests.values())
 
 
 class World:

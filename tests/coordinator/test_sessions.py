@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
-
 import pytest
 from core_cases import GB, arrived, done, make_spec, of, sent, steps
 
@@ -345,10 +343,3 @@ def test_stopping_fails_everything_and_everybody_after() -> None:
     failed = of(SessionFailed, sessions.stop("stopping"))
     assert [one.session for one in failed] == [1, 2]
     assert isinstance(error_of(begin(sessions, 3)), Overloaded)
-
-
-def test_the_log_of_tokens_stays_whole() -> None:
-    sessions = serving(words="1")
-    (step,) = steps(begin(sessions, 1))
-    finish(sessions, step, 42)
-    assert sessions._running[SessionId(1)].tokens == array("i", [1, 2, 3, 42])
