@@ -34,6 +34,7 @@ from worker.steps import Parts, StepRunner
 from worker.store import TileStore
 
 IDLE_S: Final = 1.0
+LINKING_S: Final = 0.05
 MAX_INBOX: Final = 1024
 _log = logging.getLogger(__name__)
 
@@ -161,7 +162,8 @@ class Executor:
 
     def _work(self) -> None:
         """Take one message, if one comes, and see whether the links are complete."""
-        arrival = self._inbox.popleft() if self._inbox else self._links.receive(IDLE_S)
+        wait_s = IDLE_S if self._pending is None else LINKING_S  # a link that gets complete is no message
+        arrival = self._inbox.popleft() if self._inbox else self._links.receive(wait_s)
         if arrival is not None:
             self._take(arrival)
         if self._pending is not None:
