@@ -39,7 +39,8 @@ class LocalCluster:
     """A coordinator and `workers` workers on this machine, ready when the constructor returns.
 
     `model`: folder or hub name, None for the small one that comes along. `plan`: who computes what, e.g. "1,1/1" for
-    two workers that share the first layers and one with the rest; None leaves it to the coordinator. `workers`: None
+    two workers that share the first layers and one with the rest (the first share is the head's, the others go to the
+    workers in the order they join); None leaves it to the coordinator. `workers`: None
     means as many as the plan has shares. `memory`: each worker's budget, e.g. "900MB". `cache_dir`: where workers keep
     tiles between clusters; None keeps nothing. `startup_timeout_s` bounds the time without progress. `on_status` sees
     the status while the model forms.

@@ -61,6 +61,8 @@ class DemoConfig:
     """What `demo` runs. Not in the file: it is the same everywhere."""
 
     plan: str = setting("1,1/1", "who computes what: shares of layers, stages by '/', their members by ','")
-    prompt: str = setting('def read_json(path):\n    """', "what the model continues")
+    prompt: str = setting('class Stack:\n    """', "what the model continues")
     max_tokens: int = setting(96, "longest answer, in tokens")
+    temperature: float = setting(0.6, "0 takes the likeliest token each time; higher is more random")
+    seed: int = setting(1, "same seed, same answer")
     dtype: str = setting("float32", "number format: float32 or bfloat16")

@@ -21,6 +21,8 @@ from manyhands.config import DemoConfig
 from manyhands.connection import Status
 from manyhands.results import Generation
 
+TOP_P = 0.9  # small models wander in the long tail
+
 
 def command() -> click.Command:
     """Return the command."""
@@ -69,7 +71,15 @@ class Narrator:
 def _speak(cluster: LocalCluster, config: DemoConfig) -> Generation:
     out = sys.stdout
     out.write(config.prompt)
-    with cluster.client().generate(config.prompt, max_tokens=config.max_tokens, stream=True) as stream:
+    stream = cluster.client().generate(
+        config.prompt,
+        max_tokens=config.max_tokens,
+        temperature=config.temperature,
+        top_p=TOP_P,
+        seed=config.seed,
+        stream=True,
+    )
+    with stream:
         for piece in stream:
             out.write(piece.text)
             out.flush()

@@ -45,7 +45,7 @@ def test_the_demo_shows_who_did_what(environ: dict[str, str]) -> None:
     assert sorted(name for name, *_ in rows) == ["worker-1", "worker-2", "worker-3"]
     assert rows[0][2].startswith("head")
     assert not [pid for _, pid, *_ in rows if psutil.pid_exists(int(pid))]
-    for words in ("def read_json(path):", "time to first token", "tokens/s", "16 out", "encrypted            yes"):
+    for words in ("class Stack:", "time to first token", "tokens/s", "16 out", "encrypted            yes"):
         assert words in done.stdout
 
 
