@@ -9,29 +9,23 @@ Shapes: T rows, D hidden, G KV-head groups held, R query heads a group, d head_d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from protocol.errors import ModelUnsupported
-from protocol.specs import ModelSpec, Span, WeightFormat
-from protocol.tiles import TileId, TileKind, ffn_span
+from protocol.specs import ModelSpec
 from runtime.attention import Place, Step, attend
-from runtime.linear import Linear, make_linear
+from runtime.fused import Tensors
+from runtime.linear import Linear
 from runtime.rope import rotate
-from runtime.tensors import TileSource, dtype_of, tile_tensors
+from runtime.shares import StageShare
+from runtime.stream import StreamCounts
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageShare:
-    """What one member computes: its stage's layers, and its KV-head groups and FFN tiles in each of them."""
-
-    layers: Span
-    groups: Span
-    ffn: Span
+MakeMatrix = Callable[[Tensors, str], Linear]
+"""Makes the matrix of this name from a block's tensors."""
 
 
 class Block(Protocol):
@@ -41,18 +35,6 @@ class Block(Protocol):
 
     def partial(self, x_TD: Tensor, step: Step) -> Tensor:
         """Return this worker's part, `[T, D]`, in the dtype of `x_TD`."""
-        ...
-
-
-class BlockSource(Protocol):
-    """Lends blocks by operation number: `2 * layer` is the attention of a layer, `2 * layer + 1` its FFN."""
-
-    def acquire(self, op: int) -> Block | None:
-        """Return a block that stays valid until its release; None where this worker holds no tile of it."""
-        ...
-
-    def release(self, op: int) -> None:
-        """Give the block of `op` back."""
         ...
 
 
@@ -103,108 +85,68 @@ class FfnBlock:
         return self._down.apply(functional.silu(gate_TF).mul_(up_TF))
 
 
-class PinnedBlocks:
-    """A block source that holds every block of a share in memory all the time."""
+class VocabBlock:
+    """Some rows of the lm_head."""
 
-    def __init__(self, blocks: dict[int, Block | None]) -> None:
-        self._blocks = blocks
+    def __init__(self, rows: Linear) -> None:
+        self._rows = rows
+        self.num_bytes = rows.num_bytes
+
+    def logits(self, x_ND: Tensor) -> Tensor:
+        """Return the logits of these rows in fp32, `[N, V]`."""
+        return self._rows.apply(x_ND).float()
+
+
+class BlockSource(Protocol):
+    """Lends blocks by operation number (`runtime.shares`), one at a time, in the order of a step."""
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all blocks."""
-        return sum(block.num_bytes for block in self._blocks.values() if block is not None)
+        """Bytes of weights that stay in memory, and of slots."""
+        ...
 
     def acquire(self, op: int) -> Block | None:
-        """Return the block; raises KeyError for an operation outside the share."""
-        return self._blocks[op]
+        """Return a block that stays valid until its release; None where this worker holds no tile of it."""
+        ...
+
+    def acquire_vocab(self, op: int) -> VocabBlock:
+        """The same for an operation of the lm_head."""
+        ...
 
     def release(self, op: int) -> None:
-        """Keep the block."""
+        """Give the block of `op` back."""
+        ...
+
+    def counts(self) -> StreamCounts:
+        """Return what has been streamed so far; may be called from any thread."""
+        ...
+
+    def close(self) -> None:
+        """End what works behind the scenes."""
+        ...
 
 
-def load_pinned(spec: ModelSpec, share: StageShare, source: TileSource, device: torch.device) -> PinnedBlocks:
-    """Build every block of a share, layer by layer."""
-    blocks: dict[int, Block | None] = {}
-    for layer in share.layers:
-        for op in (2 * layer, 2 * layer + 1):
-            blocks[op] = load_block(spec, share, op, source, device)
-    return PinnedBlocks(blocks)
-
-
-def load_block(spec: ModelSpec, share: StageShare, op: int, source: TileSource, device: torch.device) -> Block | None:
-    """Build the block of one operation from its tiles; None when the share holds none of them.
-
-    Raises ModelUnsupported for a weight format that has no kernel here, CheckpointInvalid for a tile of wrong length.
-    """
-    if spec.weights not in (WeightFormat.FLOAT32, WeightFormat.BFLOAT16):
-        raise ModelUnsupported(
-            f"weights in {spec.weights} have no kernel here", remedy="use --dtype float32 or bfloat16"
-        )
-    layer, is_ffn = divmod(op, 2)
-    if is_ffn:
-        return _load_ffn(spec, layer, share.ffn, source, device) if len(share.ffn) else None
-    return _load_attention(spec, layer, share, source, device) if len(share.groups) else None
-
-
-def _load_attention(
-    spec: ModelSpec, layer: int, share: StageShare, source: TileSource, device: torch.device
-) -> AttentionBlock:
-    dtype, dim, width = dtype_of(spec.activations), spec.head_dim, spec.queries_per_group * spec.head_dim
-    groups = len(share.groups)
-    first_row = {"q": 0, "k": groups * width, "v": groups * (width + dim)}
-    rows_of = {"q": width, "k": dim, "v": dim}
-    num_rows = groups * (width + 2 * dim)
-    qkv = torch.empty((num_rows, spec.hidden), dtype=dtype, device=device)
-    qkv_bias = torch.empty(num_rows, dtype=dtype, device=device) if spec.qkv_bias else None
-    o = torch.empty((spec.hidden, groups * width), dtype=dtype, device=device)
-    o_bias = qk_norm = None
-    for number, index in enumerate(share.groups):
-        tile = TileId(layer, TileKind.ATTENTION, index)
-        parts = tile_tensors(spec, tile, source(tile))
-        for name, first in first_row.items():
-            rows = slice(first + number * rows_of[name], first + (number + 1) * rows_of[name])
-            qkv[rows] = parts[name]
-            if qkv_bias is not None:
-                qkv_bias[rows] = parts[f"{name}.bias"]
-        o[:, number * width : (number + 1) * width] = parts["o"]
-        if "o.bias" in parts:  # only in tile 0, so that the sum over members adds it once
-            o_bias = parts["o.bias"].to(device, dtype, copy=True)
-        if spec.qk_norm and qk_norm is None:
-            counts = torch.tensor([groups * spec.queries_per_group, groups])
-            both = torch.stack((parts["q_norm"], parts["k_norm"]))
-            qk_norm = both.repeat_interleave(counts, dim=0).to(device, dtype)
-    fused = make_linear(qkv, qkv_bias)
-    del qkv  # before the next matrix is packed
+def make_block(spec: ModelSpec, share: StageShare, op: int, tensors: Tensors, make: MakeMatrix) -> Block | VocabBlock:
+    """Put a block together from its tensors."""
+    if op >= 2 * spec.layers:
+        return VocabBlock(make(tensors, "rows"))
+    if op % 2:
+        return FfnBlock(gate_up=make(tensors, "gate_up"), down=make(tensors, "down"))
+    layer = op // 2
     return AttentionBlock(
         spec,
         layer=layer,
         cache_layer=layer - share.layers.start,
-        qkv=fused,
-        o=make_linear(o, o_bias),
-        qk_norm=qk_norm,
+        qkv=make(tensors, "qkv"),
+        o=make(tensors, "o"),
+        qk_norm=_qk_norm(spec, share, tensors),
     )
 
 
-def _load_ffn(spec: ModelSpec, layer: int, tiles: Span, source: TileSource, device: torch.device) -> FfnBlock:
-    dtype = dtype_of(spec.activations)
-    start = ffn_span(spec, tiles.start).start
-    width = ffn_span(spec, tiles.end - 1).end - start
-    gate_up = torch.empty((2 * width, spec.hidden), dtype=dtype, device=device)
-    gate_up_bias = torch.empty(2 * width, dtype=dtype, device=device) if spec.mlp_bias else None
-    down = torch.empty((spec.hidden, width), dtype=dtype, device=device)
-    down_bias = None
-    for index in tiles:
-        tile = TileId(layer, TileKind.FFN, index)
-        parts = tile_tensors(spec, tile, source(tile))
-        columns = ffn_span(spec, index)
-        for name, first in (("gate", -start), ("up", width - start)):
-            rows = slice(first + columns.start, first + columns.end)
-            gate_up[rows] = parts[name]
-            if gate_up_bias is not None:
-                gate_up_bias[rows] = parts[f"{name}.bias"]
-        down[:, columns.start - start : columns.end - start] = parts["down"]
-        if "down.bias" in parts:  # only in tile 0, so that the sum over members adds it once
-            down_bias = parts["down.bias"].to(device, dtype, copy=True)
-    fused = make_linear(gate_up, gate_up_bias)
-    del gate_up  # before the next matrix is packed
-    return FfnBlock(gate_up=fused, down=make_linear(down, down_bias))
+def _qk_norm(spec: ModelSpec, share: StageShare, tensors: Tensors) -> Tensor | None:
+    """Repeat the norms of queries and keys for every head that is turned, `[H, d]`."""
+    if not spec.qk_norm:
+        return None
+    groups = len(share.groups)
+    counts = torch.tensor([groups * spec.queries_per_group, groups], device=tensors["q_norm"].device)
+    return torch.stack((tensors["q_norm"], tensors["k_norm"])).repeat_interleave(counts, dim=0)

@@ -19,9 +19,10 @@ from protocol.ids import SessionId
 from protocol.specs import ModelSpec, Span
 from protocol.tiles import TileId, TileKind
 from runtime.attention import Step
-from runtime.blocks import BlockSource, StageShare, load_pinned
+from runtime.blocks import BlockSource
 from runtime.kv import KvCache
 from runtime.rope import inverse_frequencies
+from runtime.shares import StageShare, layer_ops
 from runtime.tensors import TileSource, dtype_of, tile_tensors
 
 Reduce = Callable[[int, Tensor | None], Tensor]
@@ -80,7 +81,7 @@ class StageModel:
         self._check(hidden_TD, rows)
         hidden_TD = hidden_TD.to(self._device)
         step = Step(rows, self.kv.begin(rows), self._frequencies, self._dtype)
-        for op in range(2 * self.share.layers.start, 2 * self.share.layers.end):
+        for op in layer_ops(self.share):
             hidden_TD = hidden_TD + reduce(op, self._partial(op, hidden_TD, step))
         self.kv.commit(rows)
         return hidden_TD
@@ -103,19 +104,3 @@ class StageModel:
         if not rows or tuple(hidden_TD.shape) != wanted or hidden_TD.dtype is not self._dtype:
             found = f"{list(hidden_TD.shape)} {hidden_TD.dtype}"
             raise StepFailed(f"hidden states are {found}, the step needs {list(wanted)} {self._dtype}")
-
-
-def load_stage(
-    spec: ModelSpec, share: StageShare, source: TileSource, *, kv_budget_bytes: int, device: torch.device
-) -> StageModel:
-    """Build a stage whose blocks all stay in memory."""
-    return StageModel(
-        spec,
-        share=share,
-        blocks=load_pinned(spec, share, source, device),
-        norms=load_norms(spec, share.layers, source, device),
-        kv=KvCache(
-            spec, layers=share.layers, num_groups=len(share.groups), budget_bytes=kv_budget_bytes, device=device
-        ),
-        device=device,
-    )

@@ -1,9 +1,12 @@
 """Keys and values of the sessions that this worker computes, for its layers and KV-head groups.
 
-Knows nothing of attention or of where rows come from. A step first calls `begin`, which changes nothing but lengths
-that a repeated step takes back; only `commit` moves them on, so a step that fails half-way can be repeated.
+Knows nothing of attention or of where rows come from. All positions of all sessions lie in one arena that is allocated
+and touched when the plan is loaded; the coordinator hands out the places (`SessionRows.at`), alike for every worker.
 
-Shapes: L layers, G groups, C capacity in positions, S positions so far, T new rows, d head_dim.
+A step first calls `begin`, which changes nothing but lengths that a repeated step takes back; only `commit` moves them
+on, so a step that fails half-way can be repeated.
+
+Shapes: L layers, G groups, P positions of the arena, S positions of a session so far, T new rows, d head_dim.
 """
 
 from __future__ import annotations
@@ -19,49 +22,47 @@ from runtime.tensors import dtype_of
 
 
 class SessionKv:
-    """One session's preallocated keys and values, each `[L, G, C, d]`, and how many positions are valid."""
+    """One session's place in the arena, `[at, at + capacity)`, and how many of its positions are valid."""
 
-    __slots__ = ("_keys_LGCd", "_values_LGCd", "capacity", "length")
+    __slots__ = ("_keys_LGPd", "_values_LGPd", "at", "capacity", "length")
 
-    def __init__(self, shape_LGCd: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
-        with torch.inference_mode(False):  # an inference tensor could not be written to outside that mode
-            self._keys_LGCd = torch.empty(shape_LGCd, dtype=dtype, device=device)
-            self._values_LGCd = torch.empty(shape_LGCd, dtype=dtype, device=device)
-        self.capacity = shape_LGCd[2]
+    def __init__(self, keys_LGPd: Tensor, values_LGPd: Tensor, at: int, capacity: int) -> None:
+        self._keys_LGPd = keys_LGPd
+        self._values_LGPd = values_LGPd
+        self.at = at
+        self.capacity = capacity
         self.length = 0
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes reserved."""
-        return self._keys_LGCd.nbytes + self._values_LGCd.nbytes
 
     def extend(self, layer: int, start: int, keys_TGd: Tensor, values_TGd: Tensor) -> tuple[Tensor, Tensor]:
         """Write T rows at `start` of the cache's layer `layer` and return all up to them, `[G, S, d]` views each."""
-        end = start + keys_TGd.shape[0]
-        keys_GCd, values_GCd = self._keys_LGCd[layer], self._values_LGCd[layer]
-        keys_GCd[:, start:end] = keys_TGd.transpose(0, 1)
-        values_GCd[:, start:end] = values_TGd.transpose(0, 1)
-        return keys_GCd[:, :end], values_GCd[:, :end]
+        first, end = self.at + start, self.at + start + keys_TGd.shape[0]
+        keys_GPd, values_GPd = self._keys_LGPd[layer], self._values_LGPd[layer]
+        keys_GPd[:, first:end] = keys_TGd.transpose(0, 1)
+        values_GPd[:, first:end] = values_TGd.transpose(0, 1)
+        return keys_GPd[:, self.at : end], values_GPd[:, self.at : end]
 
 
 class KvCache:
-    """All sessions of one worker; the bytes reserved never exceed `budget_bytes`."""
+    """All sessions of one worker, in an arena of `positions`."""
 
-    def __init__(
-        self, spec: ModelSpec, *, layers: Span, num_groups: int, budget_bytes: int, device: torch.device
-    ) -> None:
-        self.layers = layers
-        self.budget_bytes = budget_bytes
-        self._num_groups = num_groups
-        self._head_dim = spec.head_dim
-        self._dtype = dtype_of(spec.activations)
-        self._device = device
+    def __init__(self, spec: ModelSpec, *, layers: Span, num_groups: int, positions: int, device: torch.device) -> None:
+        self.positions = positions
         self._bytes_per_position = spec.kv_bytes_per_token(num_groups, len(layers))
+        shape_LGPd = (len(layers), num_groups, positions, spec.head_dim)
+        with torch.inference_mode(False):  # an inference tensor could not be written to outside that mode
+            # Zeroed, so that every page is there before the first session: the process never grows.
+            self._keys_LGPd = torch.zeros(shape_LGPd, dtype=dtype_of(spec.activations), device=device).fill_(0)
+            self._values_LGPd = torch.zeros(shape_LGPd, dtype=dtype_of(spec.activations), device=device).fill_(0)
         self._sessions: dict[SessionId, SessionKv] = {}
 
     @property
+    def arena_bytes(self) -> int:
+        """Bytes of the whole arena."""
+        return self._keys_LGPd.nbytes + self._values_LGPd.nbytes
+
+    @property
     def num_bytes(self) -> int:
-        """Bytes reserved by all sessions."""
+        """Bytes reserved by sessions."""
         return sum(kv.capacity for kv in self._sessions.values()) * self._bytes_per_position
 
     def lengths(self) -> dict[SessionId, int]:
@@ -71,20 +72,17 @@ class KvCache:
     def begin(self, rows: tuple[SessionRows, ...]) -> tuple[SessionKv, ...]:
         """Return the caches that these rows extend, in order; opens sessions that start at 0, truncates repeated ones.
 
-        Raises SessionLost when rows continue what is not here, Overloaded when new sessions don't fit the budget,
-        StepFailed for a session that stands twice. Then nothing has changed.
+        A session that opens where others lie replaces them: the coordinator has given their place away, and its word
+        that they are over may still be on the way. Raises SessionLost when rows continue what is not here, Overloaded
+        when a place is outside the arena, StepFailed when a session stands twice. Then nothing has changed.
         """
         if len({part.session for part in rows}) != len(rows):
             raise StepFailed("a session stands twice in one step", remedy="split its rows over two steps")
         for part in rows:
             self._require_history(part)
-        fresh = [part for part in rows if self._needs_memory(part)]
-        if fresh:
-            self._require_room(fresh)
-        for part in fresh:
-            self._sessions.pop(part.session, None)  # before the new one is allocated, so that both never coexist
-            shape = (len(self.layers), self._num_groups, part.capacity, self._head_dim)
-            self._sessions[part.session] = SessionKv(shape, self._dtype, self._device)
+        for part in rows:
+            if part.start == 0:
+                self._open(part)
         for part in rows:
             self._sessions[part.session].length = part.start
         return tuple(self._sessions[part.session] for part in rows)
@@ -103,32 +101,28 @@ class KvCache:
 
     def _require_history(self, part: SessionRows) -> None:
         if part.start == 0:
+            if part.at + part.capacity > self.positions:
+                raise Overloaded(
+                    f"session {part.session} is placed at [{part.at}, {part.at + part.capacity}), "
+                    f"the KV cache has {self.positions} positions",
+                    remedy="lower max_tokens, or raise --kv-positions",
+                )
             return
         kv = self._sessions.get(part.session)
         if kv is None:
             raise SessionLost(f"session {part.session} is not here, its rows start at {part.start}")
         if kv.length < part.start:
             raise SessionLost(f"session {part.session} has {kv.length} positions here, its rows start at {part.start}")
-        if part.start + part.count > kv.capacity:
+        if part.start + part.count > kv.capacity or part.at != kv.at:
             raise SessionLost(
-                f"session {part.session} reserved {kv.capacity} positions, rows end at {part.start + part.count}",
+                f"session {part.session} has {kv.capacity} positions at {kv.at}, "
+                f"rows end at {part.start + part.count} of {part.at}",
                 remedy="start it again from position 0 with the larger capacity",
             )
 
-    def _needs_memory(self, part: SessionRows) -> bool:
-        kv = self._sessions.get(part.session)
-        return kv is None or (part.start == 0 and kv.capacity < part.capacity)
-
-    def _require_room(self, fresh: list[SessionRows]) -> None:
-        replaced = {part.session for part in fresh}
-        kept = sum(kv.capacity for session, kv in self._sessions.items() if session not in replaced)
-        wanted = kept * self._bytes_per_position
-        for part in fresh:
-            num_bytes = part.capacity * self._bytes_per_position
-            if wanted + num_bytes > self.budget_bytes:
-                raise Overloaded(
-                    f"session {part.session} needs {num_bytes} bytes of KV cache, "
-                    f"{max(0, self.budget_bytes - wanted)} of {self.budget_bytes} are free",
-                    remedy="wait for a session to end, lower max_tokens, or give this worker more memory (--memory)",
-                )
-            wanted += num_bytes
+    def _open(self, part: SessionRows) -> None:
+        end = part.at + part.capacity
+        for session, kv in list(self._sessions.items()):
+            if session == part.session or (kv.at < end and part.at < kv.at + kv.capacity):
+                del self._sessions[session]
+        self._sessions[part.session] = SessionKv(self._keys_LGPd, self._values_LGPd, part.at, part.capacity)

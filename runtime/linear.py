@@ -1,6 +1,7 @@
 """A matrix ready to be multiplied with, in the form that is fastest on this device.
 
-Knows nothing of layers. To add a kernel, write one class with `apply` and choose it in `make_linear`.
+Knows nothing of layers, nor of which form is chosen: `runtime.matrices` does that. The quantised forms stand in
+`runtime.quantised`.
 
 Shapes: T rows of a batch, I input features, O output features.
 """
@@ -53,13 +54,6 @@ class PackedLinear:
     def apply(self, x_TI: Tensor) -> Tensor:
         """Return the product, shape `[T, O]`."""
         return _multiply(x_TI, self._packed, self._bias_O)
-
-
-def make_linear(weight_OI: Tensor, bias_O: Tensor | None = None) -> Linear:
-    """Choose the kernel for a matrix; the caller gives the matrix up, so a packed copy replaces it."""
-    if weight_OI.dtype is torch.bfloat16 and weight_OI.device.type == "cpu" and can_pack_bfloat16():
-        return PackedLinear(weight_OI, bias_O)
-    return PlainLinear(weight_OI, bias_O)
 
 
 @cache

@@ -1,6 +1,6 @@
 """The ring at work: one loader thread reads blocks ahead into slots, the computing thread takes them in turn.
 
-Knows nothing of what a block means: bytes at an offset of a file. What to read next is decided by `runtime.window`.
+Knows nothing of what a block means: the bytes of a file. What to read next is decided by `runtime.window`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,6 @@ from runtime.window import Read, Window, WindowPlan
 READ_DEADLINE_S = 30.0
 
 
-class Extent(NamedTuple):
-    """Where a block lies in the file: a page-aligned offset, and its bytes."""
-
-    offset: int
-    num_bytes: int
-
-
 class StreamCounts(NamedTuple):
     """What has flowed since the start: bytes read, seconds of reading, seconds the computing thread stood waiting."""
 
@@ -33,20 +26,18 @@ class StreamCounts(NamedTuple):
 
 
 class Ring:
-    """Slots, their loader thread, and the file. `acquire` and `release` are for one computing thread."""
+    """Slots, their loader thread, and a file for each block. `acquire` and `release` are for one computing thread."""
 
     def __init__(
         self,
         plan: WindowPlan,
-        extents: Mapping[int, Extent],
-        file: DirectFile,
+        files: Mapping[int, DirectFile],
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.slots = [aligned_buffer(plan.slot_bytes) for _ in range(plan.num_slots)]
         self._window = Window(plan.streamed, plan.num_slots)
-        self._extents = extents
-        self._file = file
+        self._files = files
         self._clock = clock
         self._changed = threading.Condition()
         self._failure: ManyhandsError | None = None
@@ -90,12 +81,13 @@ class Ring:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """End the loader and close the file. The slots live as long as somebody looks at them."""
+        """End the loader and close the files. The slots live as long as somebody looks at them."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         self._loader.join()
-        self._file.close()
+        for file in self._files.values():
+            file.close()
 
     def _wait_for_progress(self, block: int) -> None:
         """One wait for the loader; its deadline starts anew with every block that is read."""
@@ -105,7 +97,7 @@ class Ring:
             raise failure
         if not self._changed.wait(READ_DEADLINE_S):
             raise DeadlineExceeded(
-                f"block {block} was not read from {self._file.path} within {READ_DEADLINE_S:.0f} s",
+                f"block {block} was not read from {self._files[block].path} within {READ_DEADLINE_S:.0f} s",
                 phase="window",
                 remedy="check the disk that holds the cache (--cache-dir)",
             )
@@ -113,16 +105,14 @@ class Ring:
     def _load(self) -> None:
         """The loader thread: take an order, read outside the lock, tell."""
         while (order := self._next_order()) is not None:
-            extent = self._extents[order.block]
+            file, slot = self._files[order.block], self.slots[order.slot]
             began = self._clock()
             failure: ManyhandsError | None = None
             try:
-                self._file.read_into(
-                    self.slots[order.slot][: _whole_pages(extent, self.slots[order.slot])], extent.offset
-                )
+                file.read_into(slot[: min(round_up(file.num_bytes), len(slot))], 0)
             except ManyhandsError as error:
                 failure = error
-            self._tell(extent, self._clock() - began, failure)
+            self._tell(file.num_bytes, self._clock() - began, failure)
 
     def _next_order(self) -> Read | None:
         with self._changed:
@@ -134,19 +124,13 @@ class Ring:
                 self._changed.wait()
             return None
 
-    def _tell(self, extent: Extent, took_s: float, failure: ManyhandsError | None) -> None:
+    def _tell(self, num_bytes: int, took_s: float, failure: ManyhandsError | None) -> None:
         with self._changed:
             if failure is None:
                 self._window.read_done()
                 counts = self._counts
-                self._counts = counts._replace(
-                    read_bytes=counts.read_bytes + extent.num_bytes, read_s=counts.read_s + took_s
-                )
+                self._counts = counts._replace(read_bytes=counts.read_bytes + num_bytes, read_s=counts.read_s + took_s)
             else:
                 self._window.read_failed()
                 self._failure = failure
             self._changed.notify_all()
-
-
-def _whole_pages(extent: Extent, slot: memoryview) -> int:
-    return min(round_up(extent.num_bytes), len(slot))

@@ -72,6 +72,9 @@ class Ready:
     weight_bytes: int
     resident_bytes: int
     load_s: float
+    predicted_bytes: int = 0
+    pinned_bytes: int = 0
+    window_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -52,11 +52,12 @@ from worker.commands import Attach, Begin, Drop, Forget, LoadTiles, Report, Stop
 from worker.config import WorkerConfig
 from worker.connection import Connection, enroll
 from worker.device import executor_settings, profile_of
-from worker.executor import Executor, resident_bytes
+from worker.executor import Executor
 from worker.fetcher import Fetcher
 from worker.groups import most_telling
 from worker.identity import Home, Identity
 from worker.links import Links
+from worker.loading import peak_bytes, resident_bytes
 from worker.prober import probe
 from worker.state import (
     TOLD_AS,
@@ -224,6 +225,7 @@ class Control:
             silence_s = self._lease.silence_s(time.monotonic())
             if self._lease.is_over(time.monotonic()):
                 raise CoordinatorLost(f"the coordinator was not heard for {silence_s:.1f} s")
+            streamed, work = self._executor.streamed(), self._executor.work
             connection.say(
                 Heartbeat(
                     sequence=sequence % 2**31,
@@ -233,6 +235,12 @@ class Control:
                     resident_bytes=resident_bytes(),
                     weight_bytes=self._executor.weight_bytes,
                     kv_bytes=self._executor.kv_bytes,
+                    peak_bytes=peak_bytes(),
+                    streamed_bytes=streamed.read_bytes,
+                    streaming_s=streamed.read_s,
+                    stalled_s=streamed.stalled_s,
+                    computing_s=work.computing_s,
+                    steps=work.steps,
                 )
             )
             sequence += 1

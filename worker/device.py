@@ -5,12 +5,16 @@ Knows nothing of plans.
 
 from __future__ import annotations
 
+import torch
+
 from protocol.errors import ConfigInvalid
 from protocol.messages import DeviceProfile
 from protocol.sizes import parse_bytes
 from runtime.device import measure, num_threads, pick_device
+from runtime.kernels import load_or_measure
 from worker.config import WorkerConfig
 from worker.executor import ExecutorSettings
+from worker.loading import resident_bytes
 
 
 def executor_settings(config: WorkerConfig) -> ExecutorSettings:
@@ -19,10 +23,16 @@ def executor_settings(config: WorkerConfig) -> ExecutorSettings:
     budget_bytes = parse_bytes(config.memory, whole=measure(device).available_bytes)
     if budget_bytes <= 0:
         raise ConfigInvalid(f"memory {config.memory!r} leaves nothing to work with")
+    threads = config.threads or num_threads()
+    torch.set_num_threads(threads)
+    kernels = load_or_measure(device, config.cache_folder / "kernels.json")
     return ExecutorSettings(
         device=device,
-        num_threads=config.threads or num_threads(),
+        num_threads=threads,
         budget_bytes=budget_bytes,
+        # What torch takes on the side of a GPU is not the GPU's memory, which the budget is then about.
+        base_bytes=resident_bytes() if device.type == "cpu" else 0,
+        kernels=kernels,
         step_timeout_s=config.step_timeout_s,
         link_timeout_s=config.link_timeout_s,
     )
@@ -40,4 +50,5 @@ def profile_of(settings: ExecutorSettings) -> DeviceProfile:
         budget_bytes=settings.budget_bytes,
         device=facts.device[:64],
         torch=facts.torch,
+        base_bytes=settings.base_bytes,
     )

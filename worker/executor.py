@@ -7,30 +7,28 @@ two sums of a step there is no event loop, only a poll that the control side can
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
-import psutil
 import torch
 
-from protocol.errors import BudgetTooSmall, DeadlineExceeded, InvariantBroken, ManyhandsError, PeerLost, TileUnavailable
+from protocol.errors import DeadlineExceeded, InvariantBroken, ManyhandsError, PeerLost, TileUnavailable
 from protocol.frames import Buffer
 from protocol.ids import WorkerId
 from protocol.messages import Activation, Partial, Step, Sum
 from protocol.plans import Plan
 from protocol.tiles import TileEntry, TileId
-from runtime.blocks import StageShare
-from runtime.decoder import StageModel, load_stage
-from runtime.head import Head
+from runtime.kernels import Kernels
+from runtime.stream import StreamCounts
 from worker.commands import URGENT, Attach, Begin, Command, Drop, Failed, Forget, LoadTiles, Ready, Report, TilesSpoiled
 from worker.links import COORDINATOR, Arrival, Links
+from worker.loading import WorkerPart, load_worker, resident_bytes
 from worker.star import Star, StarFrame
-from worker.steps import Parts, StepRunner
+from worker.steps import Parts, StepRunner, Work
 from worker.store import TileStore
 
 IDLE_S: Final = 1.0
@@ -45,7 +43,9 @@ class ExecutorSettings:
 
     device: torch.device
     num_threads: int
-    budget_bytes: int
+    budget_bytes: int  # of the whole process
+    base_bytes: int = 0  # what the process takes before it holds anything
+    kernels: Kernels = field(default_factory=Kernels)
     step_timeout_s: float = 30.0
     link_timeout_s: float = 60.0
 
@@ -73,6 +73,7 @@ class Executor:
         self._plan: Plan | None = None
         self._runner: StepRunner | None = None
         self._parts: Parts | None = None
+        self._held: WorkerPart | None = None
         self._inbox: deque[Arrival] = deque()
         self._pending: Ready | None = None
         self._link_deadline = 0.0
@@ -109,6 +110,17 @@ class Executor:
     def weight_bytes(self) -> int:
         """Bytes of tiles held."""
         return self._weight_bytes
+
+    def streamed(self) -> StreamCounts:
+        """Return what the window has read under this plan."""
+        held = self._held
+        return held.part.blocks.counts() if held is not None else StreamCounts(0, 0.0, 0.0)
+
+    @property
+    def work(self) -> Work:
+        """Return how many steps were computed under this plan, and the seconds they took."""
+        runner = self._runner
+        return runner.work if runner is not None else Work(0, 0.0)
 
     @property
     def kv_bytes(self) -> int:
@@ -223,17 +235,20 @@ class Executor:
             return
         self._weight_bytes = sum(entry.num_bytes for entry in entries)
         self._runner = StepRunner(plan, self._own, self._parts, self)
+        held = self._held
         self._pending = Ready(
             epoch=plan.epoch,
             weight_bytes=self._weight_bytes,
             resident_bytes=resident_bytes(),
             load_s=time.monotonic() - started,
+            predicted_bytes=held.predicted_bytes if held else 0,
+            pinned_bytes=held.pinned_bytes if held else 0,
+            window_bytes=held.window_bytes if held else 0,
         )
         self._link_deadline = time.monotonic() + self._settings.link_timeout_s
 
     def _build(self, plan: Plan, entries: tuple[TileEntry, ...]) -> Parts:
         by_tile = {entry.tile: entry for entry in entries}
-        kv_budget_bytes = self._kv_budget(entries)
 
         def source(tile: TileId) -> memoryview:
             if self._num_urgent:
@@ -244,36 +259,21 @@ class Executor:
             self._loaded_bytes += len(data)
             return data
 
-        device = self._settings.device
-        head = Head(plan.model, source, device) if plan.head == self._own else None
-        number = plan.stage_of(self._own)
-        if number is None:
-            return Parts(stage=None, star=None, head=head, device=device)
-        stage = plan.stages[number]
-        share = stage.members[stage.rank_of(self._own)]
-        model: StageModel = load_stage(
-            plan.model,
-            StageShare(layers=stage.layers, groups=share.groups, ffn=share.ffn),
-            source,
-            kv_budget_bytes=kv_budget_bytes,
-            device=device,
+        settings = self._settings
+        self._held = load_worker(
+            plan,
+            self._own,
+            source=source,
+            store=self._store,
+            entries=by_tile,
+            kernels=settings.kernels,
+            device=settings.device,
+            budget_bytes=settings.budget_bytes,
+            base_bytes=settings.base_bytes,
         )
-        star = Star(plan, self._own, self, device, self._settings.step_timeout_s)
-        return Parts(stage=model, star=star, head=head, device=device)
-
-    def _kv_budget(self, entries: tuple[TileEntry, ...]) -> int:
-        """Return what the budget leaves for KV caches; raises BudgetTooSmall when the tiles alone don't fit."""
-        base_bytes = resident_bytes() if self._settings.device.type == "cpu" else 0
-        tile_bytes = sum(entry.num_bytes for entry in entries)
-        left_bytes = self._settings.budget_bytes - base_bytes - tile_bytes
-        if left_bytes <= 0:
-            raise BudgetTooSmall(
-                f"{tile_bytes} bytes of tiles do not fit the budget of {self._settings.budget_bytes} bytes, of which "
-                f"{base_bytes} are taken by the process itself",
-                node=self._own,
-                phase="load",
-            )
-        return left_bytes
+        stage, head = self._held.part.stage, self._held.part.head
+        star = Star(plan, self._own, self, settings.device, settings.step_timeout_s) if stage is not None else None
+        return Parts(stage=stage, star=star, head=head, device=settings.device)
 
     def _watch_links(self, ready: Ready) -> None:
         missing = self._links.unlinked
@@ -292,7 +292,7 @@ class Executor:
     def _fail(self, error: ManyhandsError) -> None:
         """Report, and wait for the coordinator's word. The links stay: a break would hide the cause from the others."""
         epoch = self._plan.epoch if self._plan is not None else 0
-        self._runner = self._pending = self._parts = None
+        self._let_go()
         self._inbox.clear()
         if epoch == 0:
             _log.warning("on the data sockets, without a plan: %s", error)
@@ -304,12 +304,15 @@ class Executor:
         self._report(Failed(epoch=epoch, error=error, lost=lost))
 
     def _drop(self) -> None:
-        self._plan = self._runner = self._pending = self._parts = None
+        self._plan = None
+        self._let_go()
         self._weight_bytes = 0
         self._inbox.clear()
         self._links.end()
 
-
-def resident_bytes() -> int:
-    """Return the resident set of this process, in bytes."""
-    return int(psutil.Process(os.getpid()).memory_info().rss)
+    def _let_go(self) -> None:
+        """Free what was loaded, and end its loader."""
+        self._runner = self._pending = self._parts = None
+        held, self._held = self._held, None
+        if held is not None:
+            held.part.blocks.close()

@@ -238,6 +238,9 @@ class WorkerState:
             fetched_bytes=self._fetched_bytes,
             resident_bytes=ready.resident_bytes,
             load_s=ready.load_s,
+            predicted_bytes=ready.predicted_bytes,
+            pinned_bytes=ready.pinned_bytes,
+            window_bytes=ready.window_bytes,
         )
 
     def _fail(self, error: ManyhandsError, lost: str) -> list[Effect]:

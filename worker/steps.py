@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -38,6 +38,13 @@ class HeadPost(Post, Protocol):
     def send_up(self, message: object) -> None:
         """Send to the coordinator; raises CoordinatorLost."""
         ...
+
+
+class Work(NamedTuple):
+    """Steps computed, and the seconds of this worker's part in them."""
+
+    steps: int
+    computing_s: float
 
 
 @dataclass(slots=True)
@@ -76,6 +83,7 @@ class StepRunner:
         self._clock = clock
         self._number = plan.stage_of(own)
         self._started: dict[int, float] = {}
+        self.work = Work(0, 0.0)
         self._streams: dict[SessionId, _Stream] = {}
 
     def on_step(self, step: Step, payload: memoryview) -> None:
@@ -147,7 +155,9 @@ class StepRunner:
             message, payload = self._activation(self._number, step, rows), to_wire(hidden_TD, self._plan.wire)
             self._post.send([share.worker for share in stage.members if share.worker != self._own], message, payload)
         count = num_rows(rows)
+        began = self._clock()
         hidden_TD = self._parts.stage.forward(hidden_TD, rows, lambda op, part: star.reduce(step, count, op, part))
+        self._count(began, steps=1)
         if is_hub:
             self._hand_to(self._number + 1, step, rows, hidden_TD)
 
@@ -158,12 +168,17 @@ class StepRunner:
         sampled = [part for part in rows if part.sample]
         tokens = []
         if sampled:
+            began = self._clock()
             logits_NV = head.logits(hidden_TD, rows)
             tokens = [self._sample(part, logits_V) for part, logits_V in zip(sampled, logits_NV, strict=True)]
+            self._count(began, steps=int(self._parts.stage is None))
         done = StepDone(
             epoch=self._plan.epoch, step=step, tokens=tuple(tokens), step_s=max(0.0, self._clock() - started)
         )
         self._post.send_up(done)
+
+    def _count(self, began: float, *, steps: int) -> None:
+        self.work = Work(self.work.steps + steps, self.work.computing_s + self._clock() - began)
 
     def _sample(self, part: SessionRows, logits_V: Tensor) -> SampledToken:
         stream = self._streams.get(part.session)

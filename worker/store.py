@@ -64,12 +64,16 @@ class TilePart:
             os.ftruncate(self._file.fileno(), before)
             raise _storage_error(error, self._path) from error
 
+    def truncate(self) -> None:
+        """Forget what is there so far."""
+        os.ftruncate(self._file.fileno(), 0)
+        self._file.seek(0)
+
     def finish(self) -> bool:
         """Verify, sync and publish the tile; False when its bytes are not those of its hash (the part is emptied)."""
         self._file.seek(0)
         if self.length != self.entry.num_bytes or _sha256(self._file) != self.entry.digest:
-            os.ftruncate(self._file.fileno(), 0)
-            os.lseek(self._file.fileno(), 0, os.SEEK_SET)
+            self.truncate()
             return False
         try:
             os.fsync(self._file.fileno())
@@ -182,6 +186,40 @@ class TileStore:
         with contextlib.suppress(OSError):  # only the order of eviction depends on it; a read-only cache still serves
             os.utime(path)
         return memoryview(data)
+
+    def verify(self, entry: TileEntry) -> None:
+        """Prove the hash of content without holding it in memory; raises TileUnavailable as `read` does."""
+        path = self._path(entry.digest)
+        try:
+            with path.open("rb", buffering=0) as file:
+                is_right = _sha256(file) == entry.digest
+                if hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        except FileNotFoundError:
+            is_right = False
+        if not is_right:
+            path.unlink(missing_ok=True)
+            raise TileUnavailable(f"{path} was altered on disk and is deleted", phase="load")
+
+    def read_range(self, entry: TileEntry, offset: int, length: int) -> bytes:
+        """Return some bytes of a tile that was verified before; raises TileUnavailable when it is gone or cut."""
+        try:
+            with self._path(entry.digest).open("rb", buffering=0) as file:
+                data = os.pread(file.fileno(), length, offset)
+        except FileNotFoundError:
+            data = b""
+        if len(data) != length:
+            raise TileUnavailable(f"{entry.tile} is no longer whole in the cache {self._root}", phase="step")
+        return data
+
+    def path_of(self, entry: TileEntry) -> Path:
+        """Return the file of some content, which may not be there."""
+        return self._path(entry.digest)
+
+    @property
+    def root(self) -> Path:
+        """The folder of this store."""
+        return self._root
 
     def close(self) -> None:
         """Drop the pins."""

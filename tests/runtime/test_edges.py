@@ -6,15 +6,14 @@ import dataclasses
 
 import pytest
 import torch
-from tiles_of import CPU, Crew, make_model, source_of, spec_of, whole
+from tiles_of import Crew, load, load_head, make_model, source_of, spec_of, whole
 
 from protocol.batches import SessionRows
-from protocol.errors import CheckpointInvalid, ModelUnsupported, PeerLost, RequestInvalid, SessionLost, StepFailed
+from protocol.errors import CheckpointInvalid, PeerLost, RequestInvalid, SessionLost, StepFailed
 from protocol.ids import SessionId
-from protocol.specs import Span, WeightFormat
+from protocol.specs import Span
 from protocol.tiles import LM_HEAD_ROWS
-from runtime.blocks import StageShare, load_block, load_pinned
-from runtime.head import Head
+from runtime.shares import StageShare
 
 MODEL = make_model("llama3-gqa")
 SPEC = spec_of(MODEL)
@@ -29,7 +28,7 @@ def row(start, count, session=1):
 @pytest.mark.parametrize("ids", [[131], [-1], [0, 5, 2**40]])
 def test_ids_outside_the_vocabulary_are_named(ids):
     with pytest.raises(RequestInvalid, match=rf"{ids[-1]} is outside \[0, 131\)"):
-        Head(SPEC, SOURCE, CPU).embed(ids)
+        load_head(SPEC, SOURCE).embed(ids)
 
 
 def test_a_vocabulary_of_several_tiles():
@@ -37,7 +36,7 @@ def test_a_vocabulary_of_several_tiles():
     for family in ("llama3-gqa", "llama3-tied"):
         model = make_model(family, vocab_size=2 * LM_HEAD_ROWS + 77, num_hidden_layers=1)
         spec = spec_of(model)
-        head = Head(spec, source_of(spec, model), CPU)
+        head = load_head(spec, source_of(spec, model))
         ids = [0, LM_HEAD_ROWS - 1, LM_HEAD_ROWS, 2 * LM_HEAD_ROWS + 76]
         with torch.no_grad():
             hidden = model.model.embed_tokens(torch.tensor(ids))
@@ -45,31 +44,20 @@ def test_a_vocabulary_of_several_tiles():
         assert torch.equal(head.embed(ids), hidden)
         torch.testing.assert_close(head.logits(hidden, (row(0, 2), row(0, 2, 2))), wanted, rtol=0, atol=1e-4)
         assert head.logits(hidden, (dataclasses.replace(row(0, 4), sample=False),)).shape == (0, spec.vocab)
-        tables = 1 if spec.tied_embeddings else 2
-        assert head.num_bytes == (tables * spec.vocab + 1) * spec.hidden * 4
         with pytest.raises(StepFailed, match="hidden states"):
             head.logits(hidden, (row(0, 3),))
 
 
-@pytest.mark.parametrize("weights", [WeightFormat.INT8, WeightFormat.INT4])
-def test_a_format_without_a_kernel_is_refused(weights):
-    with pytest.raises(ModelUnsupported, match=weights.value):
-        load_block(dataclasses.replace(SPEC, weights=weights), ALL, 0, SOURCE, CPU)
-
-
-@pytest.mark.parametrize("op", [0, 1])
-def test_a_cut_tile_is_refused(op):
+def test_a_cut_tile_is_refused():
     with pytest.raises(CheckpointInvalid, match="layer 0"):
-        load_block(SPEC, ALL, op, lambda tile: SOURCE(tile)[:-4], CPU)
+        load(SPEC, lambda tile: SOURCE(tile)[:-4], ALL)
 
 
 def test_blocks_tell_their_bytes_and_where_there_are_none():
     share = StageShare(layers=Span(1, 2), groups=Span(0, 0), ffn=Span(0, 2))
-    blocks = load_pinned(SPEC, share, SOURCE, CPU)
+    blocks = load(SPEC, SOURCE, share).blocks
     assert blocks.acquire(2) is None
     assert blocks.num_bytes == 3 * 64 * SPEC.hidden * 4
-    with pytest.raises(KeyError):
-        blocks.acquire(0)
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,7 @@ def test_sessions_of_one_batch_do_not_touch(family):
                     start=done[session],
                     count=end - done[session],
                     capacity=40,
+                    at=40 * session,
                     sample=end == len(ids[session]),
                 )
             )

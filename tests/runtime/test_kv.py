@@ -1,6 +1,8 @@
-"""The KV cache: what may follow what, what a repeated step takes back, and its budget."""
+"""The KV cache: what may follow what, what a repeated step takes back, and whose place is whose."""
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 import torch
@@ -23,13 +25,15 @@ def make_cache(positions=100, groups=2):
         SPEC,
         layers=Span(0, SPEC.layers),
         num_groups=groups,
-        budget_bytes=positions * BYTES_PER_POSITION,
+        positions=positions,
         device=CPU,
     )
 
 
-def row(session, start, count, capacity=20):
-    return SessionRows(session=SessionId(session), start=start, count=count, capacity=capacity)
+def row(session, start, count, capacity=20, at=None):
+    """Session n lies at 20 (n - 1) unless said otherwise."""
+    place = 20 * (session - 1) if at is None else at
+    return SessionRows(session=SessionId(session), start=start, count=count, capacity=capacity, at=place)
 
 
 def step(cache, *rows):
@@ -56,7 +60,8 @@ def test_rows_come_back_as_they_were_written():
 LOST = [
     ("unknown session", [], row(1, 3, 1), "is not here"),
     ("gap", [row(1, 0, 3)], row(1, 5, 1), "has 3 positions"),
-    ("beyond what was reserved", [row(1, 0, 3)], row(1, 3, 20, capacity=40), "reserved 20"),
+    ("beyond what was reserved", [row(1, 0, 3)], row(1, 3, 20, capacity=40), "has 20 positions at 0"),
+    ("another place", [row(1, 0, 3)], row(1, 3, 1, at=7), "has 20 positions at 0"),
     ("released", [row(1, 0, 3), None], row(1, 3, 1), "is not here"),
 ]
 
@@ -94,27 +99,34 @@ def test_a_session_may_start_again_with_more_room():
     cache = make_cache()
     step(cache, row(1, 0, 4, capacity=8))
     step(cache, row(1, 0, 4, capacity=6))
-    assert cache.num_bytes == 8 * BYTES_PER_POSITION
+    assert cache.num_bytes == 6 * BYTES_PER_POSITION
     step(cache, row(1, 0, 4, capacity=90))
     assert cache.num_bytes == 90 * BYTES_PER_POSITION
 
 
-def test_the_budget_is_kept_and_named():
+def test_the_arena_is_kept_and_named():
     cache = make_cache(positions=50)
     step(cache, row(1, 0, 4))
-    with pytest.raises(
-        Overloaded, match=rf"session 3 needs {20 * BYTES_PER_POSITION} bytes.*{10 * BYTES_PER_POSITION} of"
-    ):
+    with pytest.raises(Overloaded, match=r"session 3 is placed at \[40, 60\), the KV cache has 50 positions"):
         cache.begin((row(2, 0, 1), row(3, 0, 1)))
     assert cache.lengths() == {1: 4}
+    assert cache.arena_bytes == 50 * BYTES_PER_POSITION
+
+
+def test_a_place_given_away_belongs_to_the_newcomer():
+    """The coordinator's word that the old session is over may arrive later than the new one's first step."""
+    cache = make_cache()
+    step(cache, row(1, 0, 4), row(2, 0, 3), row(3, 0, 2))
+    step(cache, row(4, 0, 5, at=10, capacity=15))
+    assert cache.lengths() == {3: 2, 4: 5}
     cache.release(SessionId(1))
-    cache.release(SessionId(1))
-    step(cache, row(2, 0, 1), row(3, 0, 1))
-    assert cache.num_bytes == 40 * BYTES_PER_POSITION
+    assert cache.lengths() == {3: 2, 4: 5}
+    with pytest.raises(SessionLost):
+        cache.begin((row(2, 3, 1),))
 
 
 def test_a_member_without_groups_still_counts_positions():
-    cache = make_cache(positions=0, groups=0)
+    cache = make_cache(groups=0)
     step(cache, row(1, 0, 4))
     assert (cache.lengths(), cache.num_bytes) == ({1: 4}, 0)
     with pytest.raises(SessionLost):
@@ -136,8 +148,8 @@ def test_commit_tells_of_a_session_released_during_its_step():
         max_size=30,
     )
 )
-def test_any_order_of_events_keeps_the_budget_and_the_lengths(events):
-    cache = make_cache(positions=60)
+def test_any_order_of_events_keeps_places_and_lengths(events):
+    cache = make_cache(positions=90)
     for session, start, count, extra, is_release in events:
         before = cache.lengths()
         if is_release:
@@ -150,6 +162,9 @@ def test_any_order_of_events_keeps_the_budget_and_the_lengths(events):
         except (SessionLost, Overloaded):
             assert cache.lengths() == before
         else:
-            assert cache.lengths() == {**before, SessionId(session): start + count}
+            assert cache.lengths()[SessionId(session)] == start + count
             assert start <= before.get(SessionId(session), 0)
-        assert cache.num_bytes <= cache.budget_bytes
+            assert cache.lengths().items() - {(session, start + count)} <= before.items()
+        places = sorted((kv.at, kv.at + kv.capacity) for kv in cache._sessions.values())
+        assert all(end <= at for (_, end), (at, _) in itertools.pairwise(places))
+        assert cache.num_bytes <= cache.arena_bytes

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from runtime import linear
-from runtime.linear import PackedLinear, PlainLinear, can_pack_bfloat16, make_linear
+from runtime.kernels import Kernels
+from runtime.linear import PackedLinear, PlainLinear, can_pack_bfloat16
+from runtime.matrices import make_matrix
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -19,7 +21,8 @@ def test_products_are_those_of_torch(shape, dtype, has_bias):
     bias = torch.randn(outputs, generator=generator).to(dtype) if has_bias else None
     x = torch.randn(rows, inputs, generator=generator).to(dtype)
     wanted = torch.nn.functional.linear(x, weight, bias)
-    matrix = make_linear(weight, bias)
+    tensors = {"w": weight} if bias is None else {"w": weight, "w.bias": bias}
+    matrix = make_matrix(tensors, "w", Kernels(packs_bfloat16=can_pack_bfloat16()), is_pinned=True)
     assert matrix.num_bytes == weight.nbytes + (bias.nbytes if bias is not None else 0)
     with torch.inference_mode():
         found = matrix.apply(x)
@@ -27,13 +30,15 @@ def test_products_are_those_of_torch(shape, dtype, has_bias):
     torch.testing.assert_close(found, wanted, rtol=0.02 if dtype is torch.bfloat16 else 1e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize("is_pinned", [False, True])
 @pytest.mark.parametrize("can_pack", [False, True])
-def test_bfloat16_is_packed_only_where_the_trial_passed(monkeypatch, can_pack):
+def test_bfloat16_is_packed_only_where_it_may_be(can_pack, is_pinned):
     if can_pack and not can_pack_bfloat16():
         pytest.skip("this build of torch has no packed bf16 kernel")
-    monkeypatch.setattr(linear, "can_pack_bfloat16", lambda: can_pack)
-    assert isinstance(make_linear(torch.zeros(16, 16).bfloat16()), PackedLinear if can_pack else PlainLinear)
-    assert isinstance(make_linear(torch.zeros(16, 16)), PlainLinear)
+    kernels = Kernels(packs_bfloat16=can_pack)
+    wanted = PackedLinear if can_pack and is_pinned else PlainLinear
+    assert type(make_matrix({"w": torch.zeros(16, 16).bfloat16()}, "w", kernels, is_pinned=is_pinned)) is wanted
+    assert type(make_matrix({"w": torch.zeros(16, 16)}, "w", kernels, is_pinned=is_pinned)) is PlainLinear
 
 
 def test_other_machines_are_not_tried(monkeypatch):

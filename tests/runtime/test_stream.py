@@ -9,23 +9,20 @@ from pathlib import Path
 import pytest
 
 from protocol.errors import StorageFailed
-from runtime.direct import PAGE, DirectFile, aligned_buffer, round_up
-from runtime.stream import Extent, Ring
+from runtime.direct import PAGE, DirectFile, aligned_buffer
+from runtime.stream import Ring
 from runtime.window import WindowPlan
 
 SIZES = [100, PAGE, PAGE + 1, 3 * PAGE, 77]
 
 
 @pytest.fixture
-def block_file(tmp_path: Path) -> tuple[Path, dict[int, Extent]]:
-    extents, content = {}, bytearray()
-    for block, size in enumerate(SIZES):
-        extents[block] = Extent(len(content), size)
-        content += bytes([block + 1]) * size
-        content += bytes(round_up(len(content)) - len(content))
-    path = tmp_path / "blocks"
-    path.write_bytes(content[:-1])  # a file may end inside its last page
-    return path, extents
+def paths(tmp_path: Path) -> dict[int, Path]:
+    """A file for each block; none is a whole number of pages but one."""
+    paths = {block: tmp_path / f"block-{block}" for block in range(len(SIZES))}
+    for block, path in paths.items():
+        path.write_bytes(bytes([block + 1]) * SIZES[block])
+    return paths
 
 
 @pytest.fixture
@@ -34,8 +31,8 @@ def plan() -> WindowPlan:
 
 
 @pytest.fixture
-def ring(block_file: tuple[Path, dict[int, Extent]], plan: WindowPlan) -> Iterator[Ring]:
-    ring = Ring(plan, block_file[1], DirectFile(block_file[0]))
+def ring(paths: dict[int, Path], plan: WindowPlan) -> Iterator[Ring]:
+    ring = Ring(plan, {block: DirectFile(path) for block, path in paths.items()})
     yield ring
     ring.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "window-loader"]
@@ -69,50 +66,43 @@ def test_buffers_are_aligned_and_zero() -> None:
 
 
 class FailingFile(DirectFile):
-    """Fails at one offset until it is mended."""
+    """Can't be read until it is mended."""
 
-    broken_at = -1
+    is_broken = True
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        if offset == self.broken_at:
+        if self.is_broken:
             raise StorageFailed(f"can't read {self.path} at {offset}: broken")
         super().read_into(buffer, offset)
 
 
-def test_a_failed_read_is_told_and_tried_again(block_file: tuple[Path, dict[int, Extent]], plan: WindowPlan) -> None:
-    path, extents = block_file
-    file = FailingFile(path)
-    file.broken_at = extents[3].offset
-    ring = Ring(plan, extents, file)
+def test_a_failed_read_is_told_and_tried_again(paths: dict[int, Path], plan: WindowPlan) -> None:
+    broken = FailingFile(paths[3])
+    ring = Ring(plan, {block: DirectFile(path) for block, path in paths.items()} | {3: broken})
     try:
         assert holds(ring, 0) and holds(ring, 2)
-        with pytest.raises(StorageFailed, match=str(path)):
+        with pytest.raises(StorageFailed, match=str(paths[3])):
             ring.acquire(3)
-        file.broken_at = -1
+        broken.is_broken = False
         assert all(holds(ring, block) for block in (3, 4, 0))
     finally:
         ring.close()
 
 
-def test_without_direct_reads(
-    block_file: tuple[Path, dict[int, Extent]], plan: WindowPlan, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_direct_reads(paths: dict[int, Path], plan: WindowPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("os.O_DIRECT", raising=False)
-    path, extents = block_file
-    ring = Ring(plan, extents, DirectFile(path))
+    ring = Ring(plan, {block: DirectFile(path) for block, path in paths.items()})
     assert all(holds(ring, block) for block in (0, 2, 3, 4, 0))
     ring.close()
 
 
-@pytest.mark.parametrize("offset", [PAGE * 100, PAGE * 7])
-def test_reading_past_the_end_is_told(block_file: tuple[Path, dict[int, Extent]], offset: int) -> None:
-    file = DirectFile(block_file[0])
-    with pytest.raises(StorageFailed):
-        if offset > file.num_bytes:
-            file.read_into(aligned_buffer(PAGE), offset)
-        else:
-            block_file[0].write_bytes(b"")  # truncated behind our back
-            file.read_into(aligned_buffer(PAGE), 0)
+def test_reading_past_the_end_is_told(paths: dict[int, Path]) -> None:
+    file = DirectFile(paths[1])
+    with pytest.raises(StorageFailed, match="no byte"):
+        file.read_into(aligned_buffer(PAGE), 100 * PAGE)
+    paths[1].write_bytes(b"")  # truncated behind our back
+    with pytest.raises(StorageFailed, match="ends at 0"):
+        file.read_into(aligned_buffer(PAGE), 0)
     file.close()
 
 

@@ -5,21 +5,27 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 
+from coordinator import tile_cutter
 from protocol.batches import Sampling, SessionRows
 from protocol.ids import SessionId
 from protocol.specs import ActivationFormat, ModelSpec, RopeKind, RopeSpec, Span, WeightFormat, default_ffn_tiles
 from protocol.tiles import TileId, tile_bytes, tile_parts, tile_slices
 from runtime import sampler
-from runtime.blocks import StageShare
-from runtime.decoder import Reduce, StageModel, load_stage
+from runtime.decoder import Reduce, StageModel
 from runtime.head import Head
+from runtime.kernels import Kernels
+from runtime.linear import can_pack_bfloat16
+from runtime.loading import LoadedPart, load_part
 from runtime.reduce import sum_partials
+from runtime.shares import NO_SHARE, StageShare
+from runtime.windowed import BlockFiles, BlockOrder
 
 CPU = torch.device("cpu")
 GREEDY = Sampling()
@@ -134,6 +140,32 @@ def source_of(spec: ModelSpec, model: Any) -> Callable[[TileId], memoryview]:
     return lambda tile: memoryview(cut_tile(spec, state, tile))
 
 
+class StateMatrices:
+    """A model's weights as the coordinator's tile cutter reads them."""
+
+    def __init__(self, model: Any) -> None:
+        self._state = model.state_dict()
+
+    def read(self, name: str, rows: Span | None, cols: Span | None, dtype: str) -> Any:
+        tensor = self._state[name].to(getattr(torch, dtype))
+        tensor = tensor if rows is None else tensor[rows.start : rows.end]
+        tensor = tensor if cols is None else tensor[:, cols.start : cols.end]
+        return (tensor.view(torch.uint16) if dtype == "bfloat16" else tensor).numpy()
+
+
+def quantised_source(spec: ModelSpec, model: Any) -> Callable[[TileId], memoryview]:
+    """Return a tile source over a model's weights in the spec's format, as the coordinator cuts them."""
+    matrices = StateMatrices(model)
+    cut: dict[TileId, memoryview] = {}
+
+    def source(tile: TileId) -> memoryview:
+        if tile not in cut:
+            cut[tile] = memoryview(tile_cutter.cut_tile(spec, tile, matrices))
+        return cut[tile]
+
+    return source
+
+
 Shares = Sequence[Sequence[StageShare]]
 """For each stage in order, the shares of its members."""
 
@@ -157,17 +189,78 @@ def shares(spec: ModelSpec, layers: Sequence[int], members: Sequence[tuple[Seque
     ]
 
 
-class Crew:
-    """Stages in sequence, each of one thread a member, joined by a sum behind a barrier."""
+KERNELS = Kernels(packs_bfloat16=can_pack_bfloat16(), packs_int8=True, packs_int4=True, int4_few_rows=4)
 
-    def __init__(self, spec: ModelSpec, model: Any, plan: Shares, kv_budget_bytes: int = 2**26) -> None:
-        source = source_of(spec, model)
+
+QUANTISED = (WeightFormat.INT8, WeightFormat.INT4)
+
+
+class NoFiles:
+    """For shares that stay in memory."""
+
+    def path_of(self, op: int, num_bytes: int, fill: Callable[[memoryview], None]) -> Path:
+        raise AssertionError("nothing should be streamed")
+
+
+class FolderFiles:
+    """Blocks in a folder, made once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.num_made = 0
+
+    def path_of(self, op: int, num_bytes: int, fill: Callable[[memoryview], None]) -> Path:
+        path = self.folder / f"block-{op}"
+        if not path.exists():
+            buffer = bytearray(num_bytes)
+            fill(memoryview(buffer))
+            path.write_bytes(buffer)
+            self.num_made += 1
+        return path
+
+
+def load(
+    spec: ModelSpec,
+    source: Callable[[TileId], memoryview],
+    share: StageShare = NO_SHARE,
+    *,
+    is_head: bool = False,
+    kernels: Kernels = KERNELS,
+    left_bytes: int = 2**40,
+    files: BlockFiles | None = None,
+    kv_positions: int = 2048,
+) -> LoadedPart:
+    """Load one worker's part."""
+    return load_part(
+        BlockOrder(spec=spec, share=share, is_head=is_head, kernels=kernels, device=CPU),
+        source,
+        lambda tile, offset, length: bytes(source(tile)[offset : offset + length]),
+        files or NoFiles(),
+        left_bytes=left_bytes,
+        kv_positions=kv_positions,
+    )
+
+
+def load_head(spec: ModelSpec, source: Callable[[TileId], memoryview]) -> Head:
+    """Load a head without layers."""
+    head = load(spec, source, is_head=True).head
+    assert head is not None
+    return head
+
+
+class Crew:
+    """Stages in sequence, each of one thread a member, joined by a sum behind a barrier; `parts` all of their loads."""
+
+    def __init__(self, spec: ModelSpec, model: Any, plan: Shares, **how: Any) -> None:
+        source = quantised_source(spec, model) if spec.weights in QUANTISED else source_of(spec, model)
         self.spec = spec
-        self.head = Head(spec, source, CPU)
-        self.stages = [
-            [load_stage(spec, share, source, kv_budget_bytes=kv_budget_bytes, device=CPU) for share in members]
-            for members in plan
-        ]
+        self.parts = [[load(spec, source, share, **how) for share in members] for members in plan]
+        self.head_part = load(spec, source, is_head=True, **how)
+        assert self.head_part.head is not None
+        self.head = self.head_part.head
+        self.stages: list[list[StageModel]] = []
+        for members in self.parts:
+            self.stages.append([part.stage for part in members if part.stage is not None])
 
     def logits(self, ids: Sequence[int], rows: tuple[SessionRows, ...]) -> Tensor:
         """Pass the ids of a ragged batch through all stages."""
@@ -177,7 +270,7 @@ class Crew:
         return self.head.logits(hidden, rows)
 
     def generate(
-        self, prompt: Sequence[int], count: int, *, session: int = 1, chunks: Sequence[int] = ()
+        self, prompt: Sequence[int], count: int, *, session: int = 1, chunks: Sequence[int] = (), at: int = 0
     ) -> tuple[list[int], list[Tensor]]:
         """Return the new tokens, greedily chosen, and the logits each was chosen from."""
         ids, capacity, start = list(prompt), len(prompt) + count, 0
@@ -187,7 +280,7 @@ class Crew:
         while len(tokens) < count:
             end = ends.pop(0) if ends else len(ids)
             row = SessionRows(
-                session=SessionId(session), start=start, count=end - start, capacity=capacity, sample=not ends
+                session=SessionId(session), start=start, count=end - start, capacity=capacity, sample=not ends, at=at
             )
             logits = self.logits(ids[start:end], (row,))
             start = end
