@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from coordinator.events import Phase
 from protocol.ids import WorkerId
-from protocol.messages import DeviceProfile, Role
+from protocol.messages import DeviceProfile, Heartbeat, Loaded, Role
 from protocol.plans import Plan
 
 
@@ -24,7 +24,7 @@ class LoadingStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerStatus:
-    """One worker. `phase`, `resident_bytes`, `weight_bytes`, `kv_bytes` are from its last heartbeat.
+    """One worker. `heartbeat` is its last one, `loaded` what it said when it had loaded its part of the plan.
 
     `link`: "relay" when one of its links of the plan goes through the coordinator, else "direct". `loading` is None
     for a worker that the plan does not wait for.
@@ -32,12 +32,10 @@ class WorkerStatus:
 
     name: WorkerId
     role: Role
-    phase: str
     profile: DeviceProfile
     addresses: tuple[str, ...]
-    resident_bytes: int
-    weight_bytes: int
-    kv_bytes: int
+    heartbeat: Heartbeat | None
+    loaded: Loaded | None
     last_heard_s: float
     link: str
     loading: LoadingStatus | None
@@ -49,6 +47,14 @@ class SessionCounts:
 
     running: int
     waiting: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvStatus:
+    """Positions of keys and values that all sessions together may have, and those that are taken."""
+
+    positions: int
+    used: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,5 +87,6 @@ class ClusterStatus:
     plan: Plan | None
     workers: tuple[WorkerStatus, ...]
     sessions: SessionCounts
+    kv: KvStatus
     totals: Totals
     last_error: str

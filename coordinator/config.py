@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from coordinator.memory import DEFAULT_KV_POSITIONS
 from coordinator.policy import MAX_SESSIONS, ClusterPolicy
 from coordinator.shares import parse_words
 from protocol.errors import PlanImpossible
@@ -23,11 +24,13 @@ WILDCARDS = ("0.0.0.0", "::", "[::]", "*")
 
 
 class Dtype(StrEnum):
-    """The number format that weights and activations are computed in."""
+    """The number format of the weights; activations are in the same one, or the checkpoint's own for whole numbers."""
 
     AUTO = "auto"  # the checkpoint's own
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
+    INT8 = "int8"
+    INT4 = "int4"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +38,7 @@ class CoordinatorConfig:
     """The coordinator's settings; times in seconds."""
 
     model: str = setting("", "model folder, or OWNER/NAME[@REVISION] on the Hugging Face hub")
-    dtype: Dtype = setting(Dtype.AUTO, "number format of weights and activations: auto (as stored), float32, bfloat16")
+    dtype: Dtype = setting(Dtype.AUTO, "number format of the weights: auto (as stored), float32, bfloat16, int8, int4")
     plan: str = setting(AUTO, "who computes what: shares of layers, stages by '/', their members by ',', or auto")
     workers: int = setting(1, "how many workers to wait for when the plan is auto; the head counts")
     head_only: bool = setting(False, "the head holds embedding and output only, no layers")
@@ -55,6 +58,9 @@ class CoordinatorConfig:
     max_sessions: int = setting(16, f"how many requests are computed at once, at most {MAX_SESSIONS}")
     max_waiting: int = setting(256, "how many more may wait; beyond, requests are refused as overloaded")
     prefill_chunk: int = setting(256, "how many prompt tokens are computed in one step")
+    kv_positions: int = setting(
+        DEFAULT_KV_POSITIONS, "tokens of all requests together that are remembered, if memory allows"
+    )
     invite_hours: float = setting(24.0, "how long a join link is good for")
     exit_on_stdin_close: bool = setting(False, "end when standard input is closed (for a parent process)")
 
@@ -102,6 +108,8 @@ class CoordinatorConfig:
         """Weight and activation format; None: as the checkpoint has them."""
         if self.dtype is Dtype.AUTO:
             return None, None
+        if self.dtype in (Dtype.INT8, Dtype.INT4):
+            return WeightFormat(self.dtype.value), None
         return WeightFormat(self.dtype.value), ActivationFormat(self.dtype.value)
 
     def policy(self) -> ClusterPolicy:
@@ -118,6 +126,7 @@ class CoordinatorConfig:
             max_sessions=self.max_sessions,
             max_waiting=self.max_waiting,
             prefill_chunk=self.prefill_chunk,
+            kv_positions=self.kv_positions,
         )
 
 

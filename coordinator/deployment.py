@@ -15,8 +15,8 @@ from typing import NamedTuple
 from coordinator.cluster_status import LoadingStatus
 from coordinator.events import Effect, Phase, SendControl
 from coordinator.links import decide_links, probe_targets
-from coordinator.memory import KvRoom, bytes_text, kv_room
-from coordinator.planner import Candidate, PlanRequest, make_plan, seat_workers
+from coordinator.memory import Candidate, KvRoom, bytes_text, kv_room
+from coordinator.planner import PlanRequest, make_plan, seat_workers
 from coordinator.policy import ClusterPolicy
 from coordinator.registry import Registry
 from protocol.errors import BudgetTooSmall, DeadlineExceeded, InvariantBroken, ManyhandsError, PeerLost, PlanImpossible
@@ -74,6 +74,7 @@ class Deployment:
         self._reach: set[tuple[WorkerId, WorkerId]] = set()
         self._unanswered: set[WorkerId] = set()
         self._loading: dict[WorkerId, _Loading] = {}
+        self._reports: dict[WorkerId, Loaded] = {}
 
     # ------------------------------------------------------------ what others ask
 
@@ -87,8 +88,7 @@ class Deployment:
         """The room for sessions under the ready plan; raises PlanImpossible when there is none."""
         if self.ready_plan is None:
             raise PlanImpossible("no plan is ready")
-        budgets = {member.worker: member.profile.budget_bytes for member in self._registry}
-        return kv_room(self.ready_plan, budgets, self._request.step)
+        return kv_room(self.ready_plan, self._candidates, self._request.step, self._request.kv_positions)
 
     def link_mode(self, worker: WorkerId, peer: WorkerId) -> LinkMode | None:
         """Return how `worker` reaches `peer` under the plan that loads or is ready; None when it doesn't."""
@@ -101,6 +101,10 @@ class Deployment:
         if state is None:
             return None
         return LoadingStatus(step=state.step, done_bytes=state.done_bytes, total_bytes=state.total_bytes)
+
+    def loaded_report(self, worker: WorkerId) -> Loaded | None:
+        """Return what a worker said when it had loaded its part of the plan; None before that."""
+        return self._reports.get(worker)
 
     def progress_text(self) -> str:
         """Say how far loading has come; empty in other phases."""
@@ -140,6 +144,7 @@ class Deployment:
         if self.phase is not Phase.LOADING or loaded.epoch != self.epoch or worker not in self._loading:
             return
         del self._loading[worker]
+        self._reports[worker] = loaded
         if not self._loading:
             self._was_ready = True
             self._enter(Phase.READY, "")
@@ -225,7 +230,7 @@ class Deployment:
             raise InvariantBroken("a plan was begun without a head")
         others = [worker for worker in members if worker != head.worker]
         seated = seat_workers(head.worker, others, self._seats)
-        return tuple(Candidate(worker=name, budget_bytes=members[name].profile.budget_bytes) for name in seated)
+        return tuple(Candidate.of(name, members[name].profile) for name in seated)
 
     def _make_plan(self) -> Plan:
         return make_plan(self._request, self._candidates, epoch=self.epoch + 1, reach=frozenset(self._reach))
@@ -302,7 +307,7 @@ class Deployment:
     def _retire(self, reason: str) -> list[Effect]:
         """Drop the plan or draft and tell its workers, as far as they are here."""
         plan, self.plan, self._draft = self.plan, None, None
-        self.links, self._loading, self._unanswered = {}, {}, set()
+        self.links, self._loading, self._reports, self._unanswered = {}, {}, {}, set()
         if plan is None:
             return []
         unload = Unload(epoch=plan.epoch, reason=reason)

@@ -24,6 +24,7 @@ from protocol.specs import (
 DEFAULT_ROPE_THETA = 10_000.0
 DEFAULT_SLIDING_WINDOW = 4096
 DEFAULT_MAX_WINDOW_LAYERS = 28
+QUANTISED = frozenset({WeightFormat.INT8, WeightFormat.INT4})
 CHECKPOINT_DTYPES = ("float32", "bfloat16", "float16")
 NAME_CHARS = 64
 MAX_LAYERS = 4096
@@ -81,20 +82,25 @@ def read_hf_config(
     """Read `folder`/config.json (and generation_config.json where there is one).
 
     Absent formats follow the checkpoint: its own dtype (float32 for float16, which bfloat16 can't hold), and
-    activations in float32 for float32 weights, else bfloat16. `name` is by default the folder's.
-    Raises CheckpointInvalid for a missing file or a wrong value, ModelUnsupported for arithmetic we don't do,
-    ConfigInvalid for more `ffn_tiles` than columns.
+    activations as the weights are, or as the checkpoint is for int8 and int4. `name` is by default the folder's.
+    Raises CheckpointInvalid for a missing file or a wrong value, ModelUnsupported for arithmetic we don't do and for
+    shapes that int4 can't group, ConfigInvalid for more `ffn_tiles` than columns.
     """
     path = folder / "config.json"
     config = JsonFields(read_json_object(path), str(path))
     architecture, family = _family_of(config)
     _refuse_unknown_keys(config, family)
     dtype = _dtype_of(config)
-    weights = weights or (WeightFormat.BFLOAT16 if dtype == "bfloat16" else WeightFormat.FLOAT32)
-    if activations is None:
-        activations = ActivationFormat.FLOAT32 if weights is WeightFormat.FLOAT32 else ActivationFormat.BFLOAT16
+    own = WeightFormat.BFLOAT16 if dtype == "bfloat16" else WeightFormat.FLOAT32
+    weights = weights or own
+    activations = activations or ActivationFormat((own if weights in QUANTISED else weights).value)
     name = (name or folder.resolve().name or architecture)[:NAME_CHARS]
-    spec = _spec(config, family, name, weights, activations)
+    spec = _spec(config, family, name, own, activations)  # first in a format that takes any shape
+    try:
+        spec = replace(spec, weights=weights)
+    except ValueError as error:
+        remedy = "use --dtype int8, which takes any shape"
+        raise ModelUnsupported(f"{config.where}: {error}", remedy=remedy) from error
     if ffn_tiles is not None:
         try:
             spec = replace(spec, ffn_tiles=ffn_tiles)

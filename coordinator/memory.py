@@ -1,25 +1,34 @@
-"""What a share of the model costs its worker in memory.
+"""What a share of the model costs its worker in memory, and how much room that leaves for sessions.
 
-Knows nothing of which worker gets what. A need is: tiles, keys and values of at least one context, and working space
-for one step; the worker's owner bounds their sum by its budget.
+Knows nothing of which worker gets what, nor of how bytes are counted (`protocol.contract`, which the workers share).
+
+A budget holds for the whole process. A worker that may stream needs its weights' floor only: the slots of a window that
+the blocks flow through. One that may not needs all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+from protocol.contract import (
+    floor_of_blocks,
+    head_blocks,
+    layer_blocks,
+    resident_tile_bytes,
+    workspace_bytes,
+)
 from protocol.ids import WorkerId
+from protocol.messages import DeviceProfile
 from protocol.plans import Plan
 from protocol.specs import ModelSpec, Span
-from protocol.tiles import head_tiles, layer_tiles, tile_bytes
+from protocol.tiles import head_tiles, tile_bytes
 
 MIN_CONTEXT = 2048
-HIDDEN_COPIES = 8  # hidden states, norms, q, k, v, partial and sum of a step that live at once
-FFN_COPIES = 3  # gate, up, their product
-FLOAT32_BYTES = 4
+DEFAULT_KV_POSITIONS = 8192
+HOST_DEVICE = "cpu"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,34 +40,109 @@ class StepBounds:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Need:
-    """Bytes a worker must have under a plan; `kv_bytes_per_position` grows with the sessions it serves."""
+class Candidate:
+    """A worker that a plan may use: what its owner lets it take, and what the bare process takes of that.
 
+    `can_stream`: weights that don't fit may flow from its disk.
+    """
+
+    worker: WorkerId
+    budget_bytes: int
+    base_bytes: int = 0
+    can_stream: bool = False
+
+    @staticmethod
+    def of(worker: WorkerId, profile: DeviceProfile) -> Candidate:
+        """Read a worker's profile: the budget of a GPU is memory of its own, which the process takes nothing of."""
+        is_host = profile.device == HOST_DEVICE
+        return Candidate(
+            worker=worker,
+            budget_bytes=profile.budget_bytes,
+            base_bytes=profile.base_bytes if is_host else 0,
+            can_stream=is_host,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holding:
+    """What a worker holds: a share of so many layers, and, as head, the vocabulary."""
+
+    spec: ModelSpec
+    groups: Span
+    ffn: Span
+    num_layers: int
+    is_head: bool
+
+    @staticmethod
+    def of(plan: Plan, worker: WorkerId) -> Holding:
+        """Return what a worker of the plan holds."""
+        number, is_head = plan.stage_of(worker), worker == plan.head
+        none = Span(0, 0)
+        if number is None:
+            return Holding(spec=plan.model, groups=none, ffn=none, num_layers=0, is_head=is_head)
+        stage = plan.stages[number]
+        share = stage.members[stage.rank_of(worker)]
+        return Holding(
+            spec=plan.model, groups=share.groups, ffn=share.ffn, num_layers=len(stage.layers), is_head=is_head
+        )
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Bytes of the blocks that could flow through a window, as `protocol.contract.window_blocks` has them."""
+        _, attention, ffn = layer_blocks(self.spec, self.groups, self.ffn)
+        layer = tuple(size for size in (attention, ffn) if size)
+        return layer * self.num_layers + (head_blocks(self.spec) if self.is_head else ())
+
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes of all its tiles."""
+        layers = sum(layer_blocks(self.spec, self.groups, self.ffn)) * self.num_layers
+        return layers + (head_bytes(self.spec) if self.is_head else 0)
+
+    @property
+    def floor_bytes(self) -> int:
+        """Least bytes of weights with which it can compute by streaming."""
+        norms = layer_blocks(self.spec, self.groups, self.ffn)[0] * self.num_layers
+        own = resident_tile_bytes(self.spec, tuple(head_tiles(self.spec))) if self.is_head else 0
+        return norms + own + floor_of_blocks(self.blocks)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Need:
+    """Bytes a worker must have for what it holds; `kv_bytes_per_position` counts for every position of all sessions.
+
+    `least_bytes` are the weights that must be in memory: `tile_bytes`, or less for a worker that may stream.
+    """
+
+    base_bytes: int
     tile_bytes: int
+    least_bytes: int
     workspace_bytes: int
     kv_bytes_per_position: int
     min_positions: int
 
     @property
     def total_bytes(self) -> int:
-        """Bytes with the keys and values of one context."""
-        return self.fixed_bytes + self.kv_bytes_per_position * self.min_positions
+        """Bytes with all weights in memory, and the keys and values of one context."""
+        return self.floor_bytes - self.least_bytes + self.tile_bytes
 
     @property
-    def fixed_bytes(self) -> int:
-        """Bytes without any keys and values."""
-        return self.tile_bytes + self.workspace_bytes
+    def floor_bytes(self) -> int:
+        """Bytes with as few weights in memory as it can compute with, and the keys and values of one context."""
+        fixed = self.base_bytes + self.least_bytes + self.workspace_bytes
+        return fixed + self.kv_bytes_per_position * self.min_positions
 
     def positions_in(self, budget_bytes: int) -> int | None:
-        """Return how many positions of keys and values the budget holds; None when this worker holds none."""
+        """Return for how many positions the budget has room beside all weights; None when this worker holds none."""
         if not self.kv_bytes_per_position:
             return None
-        return max(0, budget_bytes - self.fixed_bytes) // self.kv_bytes_per_position
+        fixed = self.base_bytes + self.tile_bytes + self.workspace_bytes
+        return max(0, budget_bytes - fixed) // self.kv_bytes_per_position
 
 
-def min_positions(spec: ModelSpec) -> int:
-    """Return the context that every worker must have room for."""
-    return min(spec.max_positions, MIN_CONTEXT)
+def min_positions(spec: ModelSpec, kv_positions: int = DEFAULT_KV_POSITIONS) -> int:
+    """Return the positions that every worker must have room for; `kv_positions` is the most that is wanted."""
+    return min(spec.max_positions, MIN_CONTEXT, kv_positions)
 
 
 @lru_cache(maxsize=256)
@@ -67,50 +151,63 @@ def head_bytes(spec: ModelSpec) -> int:
     return sum(tile_bytes(spec, tile) for tile in head_tiles(spec))
 
 
-@lru_cache(maxsize=4096)
-def layer_bytes(spec: ModelSpec, groups: Span, ffn: Span) -> int:
-    """Return the bytes of these tiles of one layer; all layers are alike."""
-    return sum(tile_bytes(spec, tile) for tile in layer_tiles(0, groups, ffn))
-
-
-def workspace_bytes(spec: ModelSpec, *, ffn_tiles: int, is_head: bool, step: StepBounds) -> int:
-    """Return the bytes of one step's temporaries: hidden states, this share of the FFN, and on the head logits."""
-    ffn_width = -(-spec.intermediate * ffn_tiles // spec.ffn_tiles)
-    values = step.rows * (HIDDEN_COPIES * spec.hidden + FFN_COPIES * ffn_width)
-    logits = step.sampled * spec.vocab if is_head else 0
-    return FLOAT32_BYTES * (values + logits)
-
-
-def need_of(plan: Plan, worker: WorkerId, step: StepBounds) -> Need:
-    """Return what `worker` must have under `plan`."""
-    spec, is_head = plan.model, worker == plan.head
-    tiles, kv, ffn_tiles = head_bytes(spec) if is_head else 0, 0, 0
-    number = plan.stage_of(worker)
-    if number is not None:
-        stage = plan.stages[number]
-        share = stage.members[stage.rank_of(worker)]
-        tiles += layer_bytes(spec, share.groups, share.ffn) * len(stage.layers)
-        kv = spec.kv_bytes_per_token(len(share.groups), len(stage.layers))
-        ffn_tiles = len(share.ffn)
+def need_of_holding(holding: Holding, candidate: Candidate, step: StepBounds, kv_positions: int) -> Need:
+    """Return what this worker must have to hold this."""
+    spec = holding.spec
     return Need(
-        tile_bytes=tiles,
-        workspace_bytes=workspace_bytes(spec, ffn_tiles=ffn_tiles, is_head=is_head, step=step),
-        kv_bytes_per_position=kv,
-        min_positions=min_positions(spec),
+        base_bytes=candidate.base_bytes,
+        tile_bytes=holding.tile_bytes,
+        least_bytes=holding.floor_bytes if candidate.can_stream else holding.tile_bytes,
+        workspace_bytes=workspace_bytes(
+            spec, ffn_tiles=len(holding.ffn), is_head=holding.is_head, rows=step.rows, samples=step.sampled
+        ),
+        kv_bytes_per_position=spec.kv_bytes_per_token(len(holding.groups), holding.num_layers),
+        min_positions=min_positions(spec, kv_positions),
     )
 
 
+def need_of(plan: Plan, candidate: Candidate, step: StepBounds, kv_positions: int = DEFAULT_KV_POSITIONS) -> Need:
+    """Return what this worker must have under a plan."""
+    return need_of_holding(Holding.of(plan, candidate.worker), candidate, step, kv_positions)
+
+
 class KvRoom(NamedTuple):
-    """How many positions of keys and values all sessions may have together, and the worker with the least room."""
+    """How many positions of keys and values all sessions may have together, and the worker that leaves no more.
+
+    No worker: the setting allows no more.
+    """
 
     positions: int
-    worker: WorkerId
+    worker: WorkerId | None
+
+    @property
+    def text(self) -> str:
+        """Say what bounds the room."""
+        return f"{'memory is left' if self.worker else 'there is room'} for {self.positions}"
+
+    @property
+    def remedy(self) -> str:
+        """Say how to have more room."""
+        return "give the worker more memory (--memory)" if self.worker else "allow more (--kv-positions)"
 
 
-def kv_room(plan: Plan, budgets: Mapping[WorkerId, int], step: StepBounds) -> KvRoom:
-    """Return the room for sessions under a plan; a worker without a budget has none."""
-    rooms = ((need_of(plan, worker, step).positions_in(budgets.get(worker, 0)), worker) for worker in plan.workers)
-    return min(KvRoom(positions, worker) for positions, worker in rooms if positions is not None)
+def kv_room(plan: Plan, candidates: Iterable[Candidate], step: StepBounds, kv_positions: int) -> KvRoom:
+    """Return the room for sessions under a plan whose workers all have their floor.
+
+    What memory leaves, up to `kv_positions`; but the least when a worker streams, as more room would mean more to read.
+    """
+    least = min_positions(plan.model, kv_positions)
+    by_worker = {candidate.worker: candidate for candidate in candidates}
+    room = KvRoom(kv_positions, None)
+    for worker in plan.workers:
+        candidate = by_worker[worker]
+        need = need_of(plan, candidate, step, kv_positions)
+        if need.total_bytes > candidate.budget_bytes:
+            return KvRoom(least, worker)
+        positions = need.positions_in(candidate.budget_bytes)
+        if positions is not None and positions < room.positions:
+            room = KvRoom(positions, worker)
+    return room
 
 
 def bytes_text(num_bytes: int) -> str:

@@ -4,22 +4,26 @@ Knows nothing of connections, epochs' lives or sessions; a pure function from de
 
 With words, each number is a worker's share of the whole model: stages get layers in proportion to the sum of their
 shares, members KV-head groups and FFN tiles in proportion to their own. Without words, every worker becomes a pipeline
-stage in proportion to how many layers its memory holds.
+stage in proportion to how many layers its memory holds; when that is not enough, weights flow from the workers' disks,
+alike on all in proportion to their memory.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from coordinator.memory import (
+    DEFAULT_KV_POSITIONS,
+    Candidate,
+    Holding,
+    Need,
     StepBounds,
     bytes_text,
-    head_bytes,
-    layer_bytes,
-    min_positions,
+    kv_room,
     need_of,
-    workspace_bytes,
+    need_of_holding,
 )
 from coordinator.shares import StageShares, deal, deal_stage, format_words
 from protocol.errors import BudgetTooSmall, PlanImpossible
@@ -43,6 +47,7 @@ class PlanRequest:
     shares: tuple[StageShares, ...] | None
     head_only: bool
     step: StepBounds
+    kv_positions: int = DEFAULT_KV_POSITIONS  # of all sessions together; fewer when memory holds no more
 
     def __post_init__(self) -> None:
         """Raises PlanImpossible when the shares can never fit the model, whoever joins."""
@@ -65,14 +70,6 @@ class PlanRequest:
     def num_workers(self) -> int | None:
         """How many workers an explicit plan needs, the head counted; None: automatic."""
         return None if self.shares is None else sum(map(len, self.shares)) + self.head_only
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """A worker that a plan may use, and the memory its owner lets it take."""
-
-    worker: WorkerId
-    budget_bytes: int
 
 
 def seat_workers(head: WorkerId, others: Sequence[WorkerId], seats: Sequence[WorkerId]) -> tuple[WorkerId, ...]:
@@ -111,9 +108,11 @@ def make_plan(request: PlanRequest, candidates: Sequence[Candidate], *, epoch: i
         stages=tuple(Stage(layers=layers, members=shares, hub=_hub(shares, reach)) for layers, shares in stages),
         wire=request.spec.activations,
         words=request.words,
+        step_rows=request.step.rows,
+        step_samples=request.step.sampled,
     )
-    _require_budgets(plan, candidates, request.step)
-    return plan
+    _require_floors(plan, request, candidates)
+    return replace(plan, kv_positions=kv_room(plan, candidates, request.step, request.kv_positions).positions)
 
 
 _Stages = list[tuple[Span, tuple[Share, ...]]]
@@ -148,45 +147,123 @@ def _members(spec: ModelSpec, workers: Sequence[WorkerId], shares: StageShares) 
 
 
 def _automatic_stages(request: PlanRequest, candidates: Sequence[Candidate]) -> _Stages:
+    """Hold all weights in memory if that is possible, else stream."""
     spec = request.spec
-    layer = _whole_layer_bytes(spec)
-    head = candidates[0]
-    free = {one.worker: _free_bytes(request, one, is_head=one is head) for one in candidates}
-    room = {worker: min(spec.layers, max(0, left) // layer) for worker, left in free.items()}
-    if request.head_only:
-        room[head.worker] = 0
-    # The largest rooms, should there be more workers than layers; `sorted` is stable, so the head wins ties.
-    fitting = [worker for worker, layers in room.items() if layers]
-    chosen = set(sorted(fitting, key=lambda worker: -room[worker])[: min(spec.layers, MAX_STAGES)])
-    workers = [worker for worker in fitting if worker in chosen]
-    held = sum(room[worker] for worker in workers)
-    if held < spec.layers:
-        missing = bytes_text((spec.layers - held) * layer + max(0, -free[head.worker]))
-        raise PlanImpossible(
-            f"the {len(candidates)} workers' memory holds {held} of {spec.layers} layers; about {missing} are missing",
-            remedy=WAYS_OUT,
-        )
-    rooms = [room[worker] for worker in workers]
-    counts = deal(spec.layers, rooms, [1] * len(rooms))
-    ends = [sum(counts[: number + 1]) for number in range(len(counts))]
+    servants = [_Servant(request, one, is_head=one is candidates[0]) for one in candidates]
+    layers = _deal_held(servants, spec.layers) or _deal_streamed(servants, spec.layers)
+    if layers is None:
+        raise _too_little_memory(servants, spec.layers)
     groups, ffn = Span(0, spec.kv_heads), Span(0, spec.ffn_tiles)
+    stages: _Stages = []
+    start = 0
+    for one, count in zip(candidates, layers, strict=True):
+        if count:
+            stages.append((Span(start, start + count), (Share(worker=one.worker, groups=groups, ffn=ffn),)))
+            start += count
+    return stages
+
+
+def _too_little_memory(servants: Sequence[_Servant], num_layers: int) -> PlanImpossible:
+    head, bearers = servants[0], [one for one in servants if one.takes_layers]
+    if not bearers:
+        return PlanImpossible("no worker is here beside the head, which holds no layers", remedy="let a worker join")
+    held, streamed = (sum(one.room(streams=streams) for one in bearers) for streams in (False, True))
+    beside = max(0, head.bytes_for(0, streams=True) - head.candidate.budget_bytes)
+    missing = min(one.missing_bytes(num_layers - streamed) + (one is not head) * beside for one in bearers)
+    what = f"holds {held} of {num_layers} layers" + (f" ({streamed} with streaming)" if streamed > held else "")
+    return PlanImpossible(
+        f"the {len(servants)} workers' memory {what}; about {bytes_text(missing)} are missing", remedy=WAYS_OUT
+    )
+
+
+class _Servant:
+    """A worker that may get whole layers, and how many of them its memory allows."""
+
+    def __init__(self, request: PlanRequest, candidate: Candidate, *, is_head: bool) -> None:
+        self.candidate = candidate
+        self.takes_layers = not (is_head and request.head_only)
+        self._request = request
+        self._is_head = is_head
+
+    def need(self, num_layers: int) -> Need:
+        """What it must have to hold so many layers."""
+        spec = self._request.spec
+        whole = Span(0, spec.kv_heads), Span(0, spec.ffn_tiles)
+        groups, ffn = whole if num_layers else (Span(0, 0), Span(0, 0))
+        holding = Holding(spec=spec, groups=groups, ffn=ffn, num_layers=num_layers, is_head=self._is_head)
+        return need_of_holding(holding, self.candidate, self._request.step, self._request.kv_positions)
+
+    def bytes_for(self, num_layers: int, *, streams: bool) -> int:
+        """Bytes it must have to hold so many layers, with all of their weights in memory or as few as it may."""
+        need = self.need(num_layers)
+        return need.floor_bytes if streams else need.total_bytes
+
+    def room(self, *, streams: bool) -> int:
+        """How many layers its budget allows."""
+        if not self.takes_layers:
+            return 0
+        sizes = range(1, self._request.spec.layers + 1)
+        budget = self.candidate.budget_bytes
+        return bisect_right(sizes, budget, key=lambda count: self.bytes_for(count, streams=streams))
+
+    def missing_bytes(self, more_layers: int) -> int:
+        """Bytes its budget lacks for so many layers more than it has room for."""
+        wanted = self.room(streams=True) + more_layers
+        return self.bytes_for(wanted, streams=True) - self.candidate.budget_bytes
+
+
+def _deal_held(servants: Sequence[_Servant], num_layers: int) -> tuple[int, ...] | None:
+    """Return each one's layers in proportion to how many fit into its memory; None when not all do."""
+    rooms = _rooms(servants, num_layers, streams=False)
+    if sum(rooms) < num_layers:
+        return None
+    chosen = [number for number, room in enumerate(rooms) if room]
+    counts = deal(num_layers, [rooms[number] for number in chosen], [1] * len(chosen))
+    by_number = dict(zip(chosen, counts, strict=True))
+    return tuple(by_number.get(number, 0) for number in range(len(rooms)))
+
+
+def _deal_streamed(servants: Sequence[_Servant], num_layers: int) -> tuple[int, ...] | None:
+    """Return layers so that all hold about the same part of their weights in memory; None when floors don't allow it.
+
+    Nobody gets more than its floor allows; what would be more is dealt again among the others.
+    """
+    rooms = _rooms(servants, num_layers, streams=True)
+    if sum(rooms) < num_layers:
+        return None
+    weights = _fair_weights(servants, num_layers)
+    counts = [0] * len(rooms)
+    while (left := num_layers - sum(counts)) > 0:
+        able = [number for number, room in enumerate(rooms) if counts[number] < room]
+        # Those with no claim of their own (a head whose memory the vocabulary takes) get what nobody else can hold.
+        wanted = [number for number in able if weights[number]] or able
+        dealt = deal(left, [max(1, weights[number]) for number in wanted], [0] * len(wanted))
+        for number, more in zip(wanted, dealt, strict=True):
+            counts[number] = min(rooms[number], counts[number] + more)
+    return tuple(counts)
+
+
+def _fair_weights(servants: Sequence[_Servant], num_layers: int) -> list[int]:
+    """Return each one's claim to layers in bytes: its part, by memory, of all weights, less the vocabulary it holds."""
+    own = [one.need(0).tile_bytes for one in servants]
+    # What remains beside process, temporaries and one layer's keys and values.
+    free = [max(0, one.candidate.budget_bytes - one.need(1).total_bytes + one.need(1).tile_bytes) for one in servants]
+    layer = servants[-1].need(1).tile_bytes - own[-1]
+    everything = num_layers * layer + sum(own)
     return [
-        (Span(end - count, end), (Share(worker=worker, groups=groups, ffn=ffn),))
-        for worker, count, end in zip(workers, counts, ends, strict=True)
+        max(0, mine * everything // max(1, sum(free)) - held) if one.takes_layers else 0
+        for one, mine, held in zip(servants, free, own, strict=True)
     ]
 
 
-def _whole_layer_bytes(spec: ModelSpec) -> int:
-    """Bytes of one layer and its keys and values for one context."""
-    weights = layer_bytes(spec, Span(0, spec.kv_heads), Span(0, spec.ffn_tiles))
-    return weights + spec.kv_bytes_per_token(spec.kv_heads, 1) * min_positions(spec)
-
-
-def _free_bytes(request: PlanRequest, candidate: Candidate, *, is_head: bool) -> int:
-    """Return what a worker's memory leaves for layers beside what it must hold anyway; negative when not even that."""
-    spec = request.spec
-    fixed = workspace_bytes(spec, ffn_tiles=spec.ffn_tiles, is_head=is_head, step=request.step)
-    return candidate.budget_bytes - fixed - (head_bytes(spec) if is_head else 0)
+def _rooms(servants: Sequence[_Servant], num_layers: int, *, streams: bool) -> list[int]:
+    """Return how many layers each has room for; only the largest count, should there be more workers than layers."""
+    rooms = [one.room(streams=streams) for one in servants]
+    budgets = [one.candidate.budget_bytes for one in servants]
+    # A stable order, so that of equals the first wins: the head.
+    order = sorted(range(len(rooms)), key=lambda number: (-rooms[number], -budgets[number]))
+    kept = set(order[: min(num_layers, MAX_STAGES)])
+    return [room if number in kept else 0 for number, room in enumerate(rooms)]
 
 
 def _hub(members: tuple[Share, ...], reach: Reach) -> int:
@@ -199,14 +276,19 @@ def _hub(members: tuple[Share, ...], reach: Reach) -> int:
     return max(range(len(members)), key=lambda rank: (num_links(rank), -rank))
 
 
-def _require_budgets(plan: Plan, candidates: Sequence[Candidate], step: StepBounds) -> None:
-    budgets = {candidate.worker: candidate.budget_bytes for candidate in candidates}
+def _require_floors(plan: Plan, request: PlanRequest, candidates: Sequence[Candidate]) -> None:
+    """Raise BudgetTooSmall for the first worker that can't hold its part, even by streaming where it may."""
+    by_worker = {candidate.worker: candidate for candidate in candidates}
     for worker in plan.workers:
-        need, budget = need_of(plan, worker, step), budgets[worker]
-        if need.total_bytes > budget:
+        candidate = by_worker[worker]
+        need = need_of(plan, candidate, request.step, request.kv_positions)
+        if need.floor_bytes > candidate.budget_bytes:
+            weights = f"{bytes_text(need.least_bytes)} of weights"
+            if need.least_bytes < need.tile_bytes:
+                weights += f" while the rest of {bytes_text(need.tile_bytes)} flows from its disk"
             raise BudgetTooSmall(
-                f"{worker} needs {bytes_text(need.total_bytes)} for its part of plan {plan.words} "
-                f"({bytes_text(need.tile_bytes)} of weights), its budget is {bytes_text(budget)}",
+                f"{worker} needs {bytes_text(need.floor_bytes)} for its part of plan {plan.words} ({weights}), "
+                f"its budget is {bytes_text(candidate.budget_bytes)}",
                 node=worker,
                 phase="planning",
             )

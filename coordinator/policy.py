@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from coordinator.memory import DEFAULT_KV_POSITIONS
+
 MAX_SESSIONS = 1024  # rows of one Step
 
 
@@ -15,7 +17,8 @@ class ClusterPolicy:
     """What the coordinator waits for, how long, and how much it takes on. Times in seconds.
 
     `plan_words` None: automatic, over all workers as soon as there are `workers` (the head counts) of them.
-    `head_only`: the head holds no layers.
+    `head_only`: the head holds no layers. `kv_positions`: the most tokens of all sessions together whose keys and
+    values the workers keep; fewer when memory holds no more.
     """
 
     plan_words: str | None = None
@@ -32,6 +35,7 @@ class ClusterPolicy:
     max_sessions: int = 16
     max_waiting: int = 256
     prefill_chunk: int = 256
+    kv_positions: int = DEFAULT_KV_POSITIONS
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -30,6 +30,7 @@ class Session:
     sampling: Sampling
     stop_tokens: frozenset[int]
     arrived_at: float
+    at: int = 0  # where in the workers' KV arenas it lies
     computed: int = 0
     last_step: int = field(default=-1)
     is_in_flight: bool = False
@@ -65,6 +66,7 @@ class Session:
             count=count,
             capacity=self.capacity,
             sample=count == self.num_pending,
+            at=self.at,
         )
 
     def usage(self) -> Usage:

@@ -2,7 +2,7 @@
 
 Knows nothing of workers beyond the plan it serves and the room it gives.
 
-    waiting --room--> running: prompt in chunks, then a token a step --> ended
+    waiting --place--> running: prompt in chunks, then a token a step --> ended
                          |  cancelled while a step computes it
                          +--> closing: its memory is released when that step is done
 """
@@ -13,7 +13,8 @@ from collections import deque
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from coordinator.cluster_status import SessionCounts, Totals
+from coordinator.arena import Arena
+from coordinator.cluster_status import KvStatus, SessionCounts, Totals
 from coordinator.events import (
     Effect,
     RequestArrived,
@@ -56,6 +57,7 @@ class Sessions:
         self._policy = policy
         self._plan: Plan | None = None
         self._room: KvRoom | None = None
+        self._arena = Arena(0)
         self._waiting: deque[Session] = deque()
         self._running: dict[SessionId, Session] = {}
         self._closing: dict[SessionId, Session] = {}
@@ -77,6 +79,11 @@ class Sessions:
     def counts(self) -> SessionCounts:
         """How many sessions run and wait; one that only waits for its memory to be released counts as neither."""
         return SessionCounts(running=len(self._running), waiting=len(self._waiting))
+
+    @property
+    def kv(self) -> KvStatus:
+        """How much of the room for keys and values is taken."""
+        return KvStatus(positions=self._arena.positions, used=self._arena.used)
 
     @property
     def oldest_step_at(self) -> float | None:
@@ -150,16 +157,16 @@ class Sessions:
         if self._room is not None and session.capacity > self._room.positions:
             raise PromptTooLong(
                 f"{session.num_prompt} prompt tokens and max_tokens {session.max_tokens} need {session.capacity} "
-                f"positions, but memory is left for {self._room.positions}",
-                remedy="shorten the prompt, lower max_tokens, or give the worker more memory (--memory)",
-                node=self._room.worker,
+                f"positions, but {self._room.text}",
+                remedy=f"shorten the prompt, lower max_tokens, or {self._room.remedy}",
+                node=self._room.worker or "",
             )
 
     # ------------------------------------------------------------ epochs
 
     def serve(self, plan: Plan, room: KvRoom) -> None:
         """Run sessions under this plan from now on."""
-        self._plan, self._room = plan, room
+        self._plan, self._room, self._arena = plan, room, Arena(room.positions)
 
     def interrupt(self, error: ManyhandsError, now: float) -> list[Effect]:
         """The plan is over. This is the one place that decides what becomes of its sessions: they fail.
@@ -173,6 +180,7 @@ class Sessions:
 
     def _forget_epoch(self) -> None:
         self._plan = self._room = None
+        self._arena = Arena(0)
         self._running, self._closing, self._released, self._in_flight = {}, {}, [], {}
 
     # ------------------------------------------------------------ steps
@@ -221,6 +229,8 @@ class Sessions:
         if not self._released:
             return []
         message = Release(sessions=tuple(self._released))
+        for session in self._released:
+            self._arena.free(session)
         self._released = []
         return [SendControl(worker=worker, message=message) for worker in plan.workers]
 
@@ -234,12 +244,13 @@ class Sessions:
             except PromptTooLong as error:
                 effects.append(self._drop(session, error))
                 continue
-            held = [*self._running.values(), *self._closing.values()]
-            used = sum(other.capacity for other in held)
-            if len(held) >= self._policy.max_sessions or used + session.capacity > self._room.positions:
+            if len(self._running) + len(self._closing) >= self._policy.max_sessions:
+                break
+            place = self._arena.take(session.session, session.capacity)
+            if place is None:
                 break
             self._waiting.popleft()
-            session.started_at = now
+            session.at, session.started_at = place, now
             self._running[session.session] = session
             self._count(prompt_tokens=session.num_prompt)
         return effects
@@ -290,7 +301,9 @@ class Sessions:
         del self._running[session.session]
         if session.is_in_flight:
             self._closing[session.session] = session
-        elif not session.is_new:
+        elif session.is_new:  # the workers never saw it
+            self._arena.free(session.session)
+        else:
             self._released.append(session.session)
         return self._ended(session, reason, now)
 

@@ -55,6 +55,7 @@ class ClusterState:
             shares=None if policy.plan_words is None else parse_words(policy.plan_words),
             head_only=policy.head_only,
             step=StepBounds(rows=policy.prefill_chunk + policy.max_sessions, sampled=policy.max_sessions),
+            kv_positions=policy.kv_positions,
         )
         self._policy = policy
         self._term = term
@@ -96,22 +97,20 @@ class ClusterState:
             plan=deployment.plan,
             workers=tuple(self._worker_status(member, now) for member in self._registry),
             sessions=self._sessions.counts,
+            kv=self._sessions.kv,
             totals=self._sessions.totals,
             last_error=str(error) if error else "",
         )
 
     def _worker_status(self, member: Member, now: float) -> WorkerStatus:
-        last = member.heartbeat
         relayed = any(order.mode is LinkMode.RELAY for order in self._deployment.links.get(member.worker, ()))
         return WorkerStatus(
             name=member.worker,
             role=member.role,
-            phase=(last.phase if last else WorkerPhase.IDLE).value,
             profile=member.profile,
             addresses=member.addresses,
-            resident_bytes=last.resident_bytes if last else 0,
-            weight_bytes=last.weight_bytes if last else 0,
-            kv_bytes=last.kv_bytes if last else 0,
+            heartbeat=member.heartbeat,
+            loaded=self._deployment.loaded_report(member.worker),
             last_heard_s=member.lease.silence_s(now),
             link="relay" if relayed else "direct",
             loading=self._deployment.loading_of(member.worker),

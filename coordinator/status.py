@@ -7,12 +7,20 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from coordinator.cluster_status import ClusterStatus, WorkerStatus
+from protocol.messages import Heartbeat, Loaded, WorkerPhase
 from protocol.plans import Plan
 from protocol.specs import ModelSpec, Span
 from protocol.version import SOFTWARE
+
+NEVER_HEARD: Final = Heartbeat(
+    sequence=0, epoch=0, phase=WorkerPhase.IDLE, progress=0, resident_bytes=0, weight_bytes=0, kv_bytes=0
+)
+NOT_LOADED: Final = Loaded(epoch=0, weight_bytes=0, fetched_bytes=0, resident_bytes=0, load_s=0.0)
+
+LEAST_WHOLE: Final = 1e-3  # seconds or steps: below, a worker has nothing to tell yet, or nonsense
 
 
 class RimCounts(NamedTuple):
@@ -37,6 +45,7 @@ def render_status(status: ClusterStatus, *, cluster: str, spec: ModelSpec, count
         "plan": None if status.plan is None else _plan(status.plan),
         "workers": [_worker(worker) for worker in status.workers],
         "sessions": {"running": status.sessions.running, "waiting": status.sessions.waiting},
+        "kv": {"positions": status.kv.positions, "used": status.kv.used},
         "totals": {
             "prompt_tokens": status.totals.prompt_tokens,
             "completion_tokens": status.totals.completion_tokens,
@@ -95,24 +104,45 @@ def _plan(plan: Plan) -> dict[str, Any]:
 
 
 def _worker(worker: WorkerStatus) -> dict[str, Any]:
+    beat = worker.heartbeat or NEVER_HEARD
     return {
         "name": worker.name,
         "role": worker.role.value,
-        "phase": worker.phase,
+        "phase": beat.phase.value,
         "device": worker.profile.device,
         "system": worker.profile.system,
         "machine": worker.profile.machine,
         "cores": worker.profile.cores,
         "memory_bytes": worker.profile.memory_bytes,
         "budget_bytes": worker.profile.budget_bytes,
-        "resident_bytes": worker.resident_bytes,
-        "weight_bytes": worker.weight_bytes,
-        "kv_bytes": worker.kv_bytes,
+        "base_bytes": worker.profile.base_bytes,
+        **_memory(beat, worker.loaded or NOT_LOADED),
         "last_heard_s": round(worker.last_heard_s, 3),
         "addresses": list(worker.addresses),
         "link": worker.link,
         "loading": None if worker.loading is None else asdict(worker.loading),
     }
+
+
+def _memory(beat: Heartbeat, loaded: Loaded) -> dict[str, Any]:
+    """What a worker's memory goes to, and how its window keeps up; averages are since the plan was loaded."""
+    return {
+        "predicted_bytes": loaded.predicted_bytes,
+        "resident_bytes": beat.resident_bytes,
+        "peak_bytes": beat.peak_bytes,
+        "weight_bytes": beat.weight_bytes,
+        "kv_bytes": beat.kv_bytes,
+        "pinned_bytes": loaded.pinned_bytes,
+        "window_bytes": loaded.window_bytes,
+        "steps": beat.steps,
+        "streamed_bytes_per_step": round(_ratio(beat.streamed_bytes, beat.steps)),
+        "disk_bytes_per_s": round(_ratio(beat.streamed_bytes, beat.streaming_s)),
+        "stalled_share": round(min(1.0, _ratio(beat.stalled_s, beat.computing_s)), 4),
+    }
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole >= LEAST_WHOLE else 0.0
 
 
 def _span(span: Span) -> list[int]:

@@ -5,6 +5,7 @@ Knows nothing of how the world works. `FoldedLog` stands for a model, `expected_
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 from core_cases import make_spec
@@ -74,7 +75,7 @@ class Referee:
         self.flying: dict[int, Step] = {}
         self.epoch = self.room = 0
         self.last_step = -1
-        self.held: dict[SessionId, int] = {}
+        self.held: dict[SessionId, range] = {}  # places in the arena
         self.starts: dict[SessionId, int] = {}
         self.released: set[SessionId] = set()
         self.told_release: set[tuple[WorkerId, SessionId]] = set()
@@ -141,13 +142,16 @@ class Referee:
             assert mine == log[part.start : part.start + part.count]
             assert part.sample == (part.start + part.count == len(log))
             self.starts[part.session] = part.start + part.count
-            self.held[part.session] = part.capacity
+            place = range(part.at, part.at + part.capacity)
+            assert self.held.setdefault(part.session, place) == place
         assert tokens == []
         assert sum(part.count > 1 for part in step.rows) <= 1
         self.flying[step.step] = step
         assert len(self.flying) <= len(plan.stages)
         assert len(self.held) <= self.policy.max_sessions
-        assert sum(self.held.values()) <= self.room
+        places = sorted(self.held.values(), key=lambda place: place.start)
+        assert all(one.stop <= other.start for one, other in itertools.pairwise(places))
+        assert not places or places[-1].stop <= self.room == plan.kv_positions
 
     def _check_end(self, end: SessionEnded | SessionFailed) -> None:
         request = self.requests[end.session]

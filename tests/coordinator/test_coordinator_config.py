@@ -93,6 +93,7 @@ def test_ports_are_added_where_none_is(address: str, expected: str) -> None:
         ({"port": 70_000}, "port 70000"),
         ({"name": ""}, "name"),
         ({"workers": 0}, "workers 0 must be positive"),
+        ({"kv_positions": 0}, "kv_positions 0 must be positive"),
         ({"lease_s": 0.1}, "heartbeat_s 0.5 must be shorter"),
         ({"max_sessions": 5000}, "exceeds 1024"),
         ({"client_silence_s": 0.0}, "client_silence_s"),
@@ -115,6 +116,14 @@ def test_settings_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert config.state_folder == tmp_path / "manyhands" / "coordinator"
     assert CoordinatorConfig().policy().plan_words is None
     assert CoordinatorConfig(dtype=Dtype.AUTO).formats == (None, None)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_whole_numbers_leave_the_activations_to_the_checkpoint(dtype: str) -> None:
+    config = load(CoordinatorConfig, {"dtype": dtype, "kv_positions": "512"}, {}, None, "coordinator").config
+    assert config.formats == (WeightFormat(dtype), None)
+    assert config.policy().kv_positions == 512
+    assert CoordinatorConfig().policy().kv_positions == 8192
 
 
 def test_a_model_is_a_folder_or_a_hub_name(tmp_path: Path) -> None:

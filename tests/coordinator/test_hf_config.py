@@ -63,6 +63,34 @@ def test_formats_follow_the_checkpoint(tmp_path: Path, dtype: str | None, weight
     assert (spec.weights, spec.activations) == (weights, activations)
 
 
+@pytest.mark.parametrize("weights", [WeightFormat.INT8, WeightFormat.INT4])
+@pytest.mark.parametrize(
+    ("dtype", "activations"), [("bfloat16", "bfloat16"), ("float16", "float32"), (None, "float32")]
+)
+def test_quantised_weights_keep_the_activations_of_the_checkpoint(
+    tmp_path: Path, weights: WeightFormat, dtype: str | None, activations: str
+) -> None:
+    folder = write(tmp_path, hidden_size=64, intermediate_size=96, head_dim=16, torch_dtype=dtype)
+    spec = read_hf_config(folder, weights=weights).spec
+    assert (spec.weights, spec.activations) == (weights, activations)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"hidden_size": 48}, "hidden 48"),
+        ({"intermediate_size": 72}, "intermediate 72"),
+        ({"head_dim": 8}, "head_dim 16"),
+    ],
+)
+def test_shapes_that_int4_can_not_group_are_refused(tmp_path: Path, changes: dict[str, int], named: str) -> None:
+    folder = write(tmp_path, **{"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, **changes})
+    with pytest.raises(ModelUnsupported, match=named) as caught:
+        read_hf_config(folder, weights=WeightFormat.INT4)
+    assert "--dtype int8" in caught.value.remedy
+    assert read_hf_config(folder, weights=WeightFormat.INT8).spec.weights is WeightFormat.INT8
+
+
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 LLAMA3_SPEC = RopeSpec(
     theta=5e5, kind=RopeKind.LLAMA3, factor=8, low_freq_factor=1, high_freq_factor=4, original_max_positions=32

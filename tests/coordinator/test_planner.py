@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
-from core_cases import GB, make_spec
+from core_cases import GB, make_spec, profile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.links import decide_links, probe_targets
-from coordinator.memory import StepBounds, bytes_text, kv_room, need_of
-from coordinator.planner import Candidate, PlanRequest, make_plan, seat_workers
+from coordinator.memory import Candidate, Holding, StepBounds, bytes_text, kv_room, need_of
+from coordinator.planner import PlanRequest, make_plan, seat_workers
 from coordinator.shares import format_words, parse_words
+from protocol.contract import floor_of_blocks, resident_tile_bytes, window_blocks
 from protocol.errors import BudgetTooSmall, PlanImpossible
 from protocol.ids import WorkerId
 from protocol.messages import LinkMode, Peer
 from protocol.plans import Plan
-from protocol.specs import ModelSpec
-from protocol.tiles import all_tiles
+from protocol.specs import ModelSpec, WeightFormat
+from protocol.tiles import all_tiles, tile_bytes
 
 STEP = StepBounds(rows=272, sampled=16)
+KV = 8192
 
 
 def request(spec: ModelSpec, words: str | None, *, head_only: bool = False) -> PlanRequest:
@@ -54,7 +57,7 @@ def test_a_head_alone_holds_no_layers() -> None:
     spec = make_spec()
     plan = make_plan(request(spec, "1/1", head_only=True), candidates(GB, GB, GB), epoch=1)
     assert plan.stage_of(WorkerId("w0")) is None
-    assert need_of(plan, WorkerId("w0"), STEP).kv_bytes_per_position == 0
+    assert need_of(plan, candidates(GB)[0], STEP).kv_bytes_per_position == 0
     assert [stage.hub_worker for stage in plan.stages] == ["w1", "w2"]
 
 
@@ -118,13 +121,13 @@ def need_of_layers(spec: ModelSpec, layers: int, *, is_head: bool = False) -> in
     """The budget that just holds so many layers, found by asking for a plan of one worker."""
     one = make_spec(layers=layers)
     plan = make_plan(request(one, None), candidates(GB), epoch=1)
-    head = need_of(plan, WorkerId("w0"), STEP)
+    head = need_of(plan, candidates(GB)[0], STEP)
     return head.total_bytes if is_head else head.total_bytes - _head_extra(spec)
 
 
 def _head_extra(spec: ModelSpec) -> int:
     plan = make_plan(request(spec, "1", head_only=True), candidates(GB, GB), epoch=1)
-    alone, worker = need_of(plan, WorkerId("w0"), STEP), need_of(plan, WorkerId("w1"), STEP)
+    alone, worker = need_of(plan, candidates(GB)[0], STEP), need_of(plan, candidates(GB, GB)[1], STEP)
     ffn = 4 * STEP.rows * 3 * spec.intermediate
     return alone.total_bytes - (worker.workspace_bytes - ffn)
 
@@ -187,9 +190,164 @@ def test_automatic_plans_keep_every_budget(layers: int, budgets: Sequence[int], 
         plan = make_plan(request(spec, None, head_only=head_only), offered, epoch=1)
     except (PlanImpossible, BudgetTooSmall):
         return
-    by_worker = {candidate.worker: candidate.budget_bytes for candidate in offered}
-    assert all(need_of(plan, worker, STEP).total_bytes <= by_worker[worker] for worker in plan.workers)
-    assert kv_room(plan, by_worker, STEP).positions >= spec.max_positions
+    used = [candidate for candidate in offered if candidate.worker in plan.workers]
+    assert all(need_of(plan, candidate, STEP).total_bytes <= candidate.budget_bytes for candidate in used)
+    assert kv_room(plan, offered, STEP, KV).positions == plan.kv_positions >= spec.max_positions
+    if plan.kv_positions < KV:
+        most = [need_of(plan, candidate, STEP).positions_in(candidate.budget_bytes) for candidate in used]
+        assert plan.kv_positions == min(positions for positions in most if positions is not None)
+
+
+# ---------------------------------------------------------------- budgets that hold less than all
+
+
+def streaming(*budgets: int, base_bytes: int = 0) -> list[Candidate]:
+    """Workers whose weights may flow from their disks."""
+    return [replace(one, base_bytes=base_bytes, can_stream=True) for one in candidates(*budgets)]
+
+
+def whole_plan(spec: ModelSpec, words: str = "1") -> Plan:
+    return make_plan(request(spec, words), candidates(*[GB] * len(words.split("/"))), epoch=1)
+
+
+@pytest.mark.parametrize("words", ["1", "1/1", "1,1/2,1", "5,1,1/1"])
+@pytest.mark.parametrize(("head_only", "tied"), [(False, False), (True, True)])
+@pytest.mark.parametrize("weights", WeightFormat)
+def test_a_holding_is_what_the_contract_counts(words: str, head_only: bool, tied: bool, weights: WeightFormat) -> None:
+    spec = replace(make_spec(layers=6, vocab=9000), tied_embeddings=tied, weights=weights, hidden=64, head_dim=32)
+    plan = make_plan(request(spec, words, head_only=head_only), candidates(*[GB] * 5), epoch=1)
+    for worker in plan.workers:
+        holding, tiles = Holding.of(plan, worker), plan.tiles_of(worker)
+        assert holding.blocks == window_blocks(plan, worker)
+        assert holding.tile_bytes == sum(tile_bytes(spec, tile) for tile in tiles)
+        assert holding.floor_bytes == resident_tile_bytes(spec, tiles) + floor_of_blocks(holding.blocks)
+
+
+@pytest.mark.parametrize(
+    ("slack", "can_stream", "plans"),
+    [(0, False, True), (-1, False, False), (0, True, True), (-1, True, False)],
+)
+@pytest.mark.parametrize("base_bytes", [0, 70_000_000])
+def test_only_a_floor_that_does_not_fit_is_refused(slack: int, can_stream: bool, plans: bool, base_bytes: int) -> None:
+    spec = make_spec(layers=12)
+    worker = Candidate(worker=WorkerId("w0"), budget_bytes=GB, base_bytes=base_bytes, can_stream=can_stream)
+    need = need_of(whole_plan(spec), worker, STEP)
+    assert need.floor_bytes < need.total_bytes if can_stream else need.floor_bytes == need.total_bytes
+    worker = replace(worker, budget_bytes=need.floor_bytes + slack)
+    if plans:
+        assert make_plan(request(spec, "1"), [worker], epoch=1).kv_positions == spec.max_positions
+        return
+    with pytest.raises(BudgetTooSmall, match=f"w0 needs {bytes_text(need.floor_bytes)} .* of weights") as caught:
+        make_plan(request(spec, "1"), [worker], epoch=1)
+    assert caught.value.node == "w0"
+    assert ("flows from its disk" in caught.value.message) == can_stream
+    assert bytes_text(worker.budget_bytes) in caught.value.message
+    assert all(way in caught.value.remedy for way in ("--memory", "fewer tiles", "--dtype"))
+
+
+@pytest.mark.parametrize(
+    ("more_positions", "kv_positions", "expected"),
+    [
+        (0, 8192, 512),
+        (100, 8192, 612),
+        (10**6, 8192, 8192),
+        (10**6, 20_000, 20_000),
+        (0, 100, 100),  # a floor that its owner lowers
+        (-1, 8192, 512),  # streams: no more than the least
+        (-100, 8192, 512),
+    ],
+)
+def test_room_for_sessions_is_what_memory_leaves(more_positions: int, kv_positions: int, expected: int) -> None:
+    spec = make_spec(layers=12, max_positions=512)
+    asked = replace(request(spec, "1"), kv_positions=kv_positions)
+    (worker,) = streaming(GB)
+    need = need_of(whole_plan(spec), worker, STEP)
+    budget = need.total_bytes + more_positions * need.kv_bytes_per_position
+    plan = make_plan(asked, [replace(worker, budget_bytes=budget)], epoch=1)
+    assert plan.kv_positions == expected
+    assert (plan.step_rows, plan.step_samples) == (STEP.rows, STEP.sampled)
+
+
+def test_the_narrowest_worker_names_the_room() -> None:
+    spec = make_spec(layers=12)
+    plan = whole_plan(spec, "1/1")
+    need = need_of(plan, candidates(GB, GB)[1], STEP)
+    offered = candidates(GB, need.total_bytes + need.kv_bytes_per_position)
+    assert kv_room(plan, offered, STEP, KV) == (513, "w1")
+    assert kv_room(plan, candidates(GB, GB), STEP, KV) == (KV, None)
+
+
+def test_automatic_plans_stream_only_when_memory_is_short() -> None:
+    spec = make_spec(layers=12)
+    one = need_of(whole_plan(spec), candidates(GB)[0], STEP).total_bytes
+    assert layers_of(make_plan(request(spec, None), streaming(one, one), epoch=1)) == [6, 6]
+    plan = make_plan(request(spec, None), streaming(one - 1), epoch=1)
+    assert (layers_of(plan), plan.kv_positions) == ([12], 512)
+
+
+@pytest.mark.parametrize("head_only", [False, True])
+def test_streamed_layers_follow_memory(head_only: bool) -> None:
+    """All workers that hold layers have room for about the same part of their weights, the vocabulary counted."""
+    spec = make_spec(layers=60, max_positions=64)
+    offered = streaming(4_000_000, 3_000_000, 6_000_000)
+    plan = make_plan(request(spec, None, head_only=head_only), offered, epoch=1)
+    parts = []
+    for candidate in offered[head_only:]:
+        need = need_of(plan, candidate, STEP)
+        assert need.total_bytes > candidate.budget_bytes
+        parts.append(1 - (need.total_bytes - candidate.budget_bytes) / need.tile_bytes)
+    assert max(parts) - min(parts) < 0.05
+
+
+def test_no_streaming_where_the_device_can_not() -> None:
+    profile_of = {"cpu": (70, True), "cuda": (0, False), "mps": (0, False)}
+    for device, expected in profile_of.items():
+        worker = Candidate.of(WorkerId("w"), replace(profile(1000), device=device, base_bytes=70))
+        assert (worker.base_bytes, worker.can_stream) == expected
+        assert worker.budget_bytes == 1000
+
+
+def test_too_little_even_for_streaming_says_the_numbers() -> None:
+    spec = make_spec(layers=100)
+    (worker,) = streaming(GB)
+    floor = need_of(whole_plan(spec), worker, STEP).floor_bytes
+    short = replace(worker, budget_bytes=floor - 500_000)
+    with pytest.raises(
+        PlanImpossible, match=r"holds \d+ of 100 layers \(\d+ with streaming\); about 500.0 kB"
+    ) as caught:
+        make_plan(request(spec, None), [short], epoch=1)
+    assert all(way in caught.value.remedy for way in ("--memory", "more workers", "--dtype"))
+
+
+def test_a_head_without_layers_needs_a_worker() -> None:
+    with pytest.raises(PlanImpossible, match="beside the head"):
+        make_plan(request(make_spec(), None, head_only=True), streaming(GB), epoch=1)
+
+
+@given(
+    st.integers(1, 40),
+    st.lists(st.tuples(st.integers(0, 20_000_000), st.booleans()), min_size=1, max_size=8),
+    st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_streaming_plans_keep_every_floor(layers: int, workers: list[tuple[int, bool]], head_only: bool) -> None:
+    spec = make_spec(layers=layers)
+    offered = [
+        replace(one, can_stream=can_stream)
+        for one, (_, can_stream) in zip(candidates(*(budget for budget, _ in workers)), workers, strict=True)
+    ]
+    try:
+        plan = make_plan(request(spec, None, head_only=head_only), offered, epoch=1)
+    except (PlanImpossible, BudgetTooSmall):
+        return
+    for candidate in offered:
+        if candidate.worker in plan.workers:
+            need = need_of(plan, candidate, STEP)
+            assert need.floor_bytes <= candidate.budget_bytes
+            kv = need.kv_bytes_per_position * plan.kv_positions
+            fixed = need.base_bytes + need.workspace_bytes + kv
+            assert fixed + need.least_bytes <= candidate.budget_bytes
+    assert spec.max_positions <= plan.kv_positions <= KV
 
 
 # ---------------------------------------------------------------- seats, hubs, links

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from core_cases import GB, arrived, done, make_spec, of, sent, steps
 
+from coordinator.cluster_status import KvStatus
 from coordinator.events import (
     Effect,
     RequestCancelled,
@@ -14,8 +15,8 @@ from coordinator.events import (
     TokensCommitted,
     token_ids,
 )
-from coordinator.memory import KvRoom, StepBounds
-from coordinator.planner import Candidate, PlanRequest, make_plan
+from coordinator.memory import Candidate, KvRoom, StepBounds
+from coordinator.planner import PlanRequest, make_plan
 from coordinator.policy import ClusterPolicy
 from coordinator.sessions import Sessions
 from coordinator.shares import parse_words
@@ -118,6 +119,52 @@ def test_what_can_never_fit_is_refused_with_numbers() -> None:
     assert isinstance(error, PromptTooLong)
     assert "need 21 positions, but memory is left for 20" in error.message
     assert error.node == "b"
+
+
+def test_room_that_a_setting_bounds_names_the_setting() -> None:
+    sessions = Sessions(SPEC, ClusterPolicy(prefill_chunk=8))
+    sessions.serve(make_test_plan(), KvRoom(20, None))
+    error = error_of(begin(sessions, 1, prompt=range(18), max_tokens=3))
+    assert "there is room for 20" in error.message
+    assert "--kv-positions" in error.remedy
+    assert error.node == ""
+
+
+def places(effects: list[Effect]) -> dict[int, int]:
+    return {part.session: part.at for step in steps(effects) for part in step.rows}
+
+
+def test_sessions_lie_one_behind_the_other() -> None:
+    """Each takes 7 of 20 positions: two run, the third waits until a gap is large enough."""
+    sessions = serving(positions=20, words="1")
+    (first,) = steps(begin(sessions, 1, 2, 3))
+    assert [part.at for part in first.rows] == [0]
+    assert sessions.kv == KvStatus(positions=20, used=14)
+    assert sessions.counts.waiting == 1
+    (second,) = steps(finish(sessions, first, 5))
+    assert {part.session: part.at for part in second.rows} == {1: 0, 2: 7}
+    sessions.cancel(RequestCancelled(session=SessionId(1)), 1.0)
+    assert sessions.schedule(1.0) == []  # a step still computes it
+    assert sessions.kv.used == 14
+    effects = finish(sessions, second, 5, 6)
+    kinds = [type(getattr(effect, "message", effect)) for effect in effects]
+    assert kinds.index(Release) < kinds.index(SendStep)
+    assert places(effects) == {2: 7, 3: 0}
+
+
+def test_a_place_that_the_workers_never_saw_is_free_at_once() -> None:
+    sessions = serving(positions=20, words="1")
+    begin(sessions, 1, 2, 3)
+    sessions.cancel(RequestCancelled(session=SessionId(2)), 1.0)
+    assert sessions.schedule(1.0) == []
+    assert (sessions.kv.used, sessions.counts.waiting) == (14, 0)
+
+
+def test_a_lost_plan_leaves_no_places() -> None:
+    sessions = serving()
+    begin(sessions, 1, 2)
+    sessions.interrupt(PeerLost("b is gone"), 1.0)
+    assert sessions.kv == KvStatus(positions=0, used=0)
 
 
 def test_what_turns_out_never_to_fit_is_passed_over() -> None:

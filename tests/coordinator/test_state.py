@@ -293,8 +293,10 @@ def test_status_tells_it_all() -> None:
     assert status.plan is stand.core.plan
     assert (status.sessions.running, status.sessions.waiting, status.totals.requests) == (1, 0, 1)
     head, b = status.workers
-    assert (head.name, head.link, head.phase, head.resident_bytes) == ("head", "relay", "idle", 0)
-    assert (b.name, b.phase, b.weight_bytes, b.kv_bytes, b.last_heard_s) == ("b", "ready", 20, 10, 1.0)
+    assert (head.name, head.link, head.heartbeat) == ("head", "relay", None)
+    assert (b.name, b.heartbeat, b.last_heard_s) == ("b", heartbeat("b").heartbeat, 1.0)
+    assert b.loaded is not None
+    assert (status.kv.positions, status.kv.used) == (8192, 7)
     stand.tell(WorkerGone(worker=WorkerId("b"), reason="battery low"))
     assert "battery low" in stand.core.status(stand.now).last_error
 
