@@ -62,7 +62,8 @@ def quantise_int4(weight_OI: Float32, group: int) -> Int4Matrix:
     rows, cols = weight_OI.shape
     grouped = np.ascontiguousarray(weight_OI, dtype=np.float32).reshape(rows, cols // group, group)
     least, most = grouped.min(axis=2), grouped.max(axis=2)
-    spread = np.where(most > least, most - least, np.maximum(np.abs(most), 1e-30)) / INT4_LEVELS
+    # Never so small that the scale becomes 0.
+    spread = np.maximum(np.where(most > least, most - least, np.abs(most)), 1e-30) / INT4_LEVELS
     scale_bits = float32_to_bfloat16(np.ascontiguousarray(spread, dtype=np.float32))
     scale = _widen(scale_bits)
     zero_bits = float32_to_bfloat16(np.ascontiguousarray(least + INT4_MIDDLE * scale, dtype=np.float32))

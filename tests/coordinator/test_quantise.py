@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 
@@ -40,6 +40,7 @@ def test_int8_columns_take_the_scale_of_the_whole_row(weight: np.ndarray, cut: i
 
 
 @settings(max_examples=200)
+@example(np.tile(np.array([0.0, 1e-45], np.float32), (6, 32)), 32)
 @given(WEIGHTS, st.sampled_from([16, 32, 64]))
 def test_int4_error_is_bounded_by_its_group(weight: np.ndarray, group: int) -> None:
     matrix = quantise_int4(weight, group)
