@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 from protocol.contract import (
@@ -24,7 +23,7 @@ from protocol.ids import WorkerId
 from protocol.messages import DeviceProfile
 from protocol.plans import Plan
 from protocol.specs import ModelSpec, Span
-from protocol.tiles import head_tiles, tile_bytes
+from protocol.tiles import head_tiles
 
 MIN_CONTEXT = 2048
 DEFAULT_KV_POSITIONS = 8192
@@ -94,29 +93,25 @@ class Holding:
         return layer * self.num_layers + (head_blocks(self.spec) if self.is_head else ())
 
     @property
-    def tile_bytes(self) -> int:
-        """Bytes of all its tiles."""
-        layers = sum(layer_blocks(self.spec, self.groups, self.ffn)) * self.num_layers
-        return layers + (head_bytes(self.spec) if self.is_head else 0)
-
-    @property
-    def floor_bytes(self) -> int:
-        """Least bytes of weights with which it can compute by streaming."""
+    def resident_bytes(self) -> int:
+        """Bytes of the tiles that stay in any case."""
         norms = layer_blocks(self.spec, self.groups, self.ffn)[0] * self.num_layers
-        own = resident_tile_bytes(self.spec, tuple(head_tiles(self.spec))) if self.is_head else 0
-        return norms + own + floor_of_blocks(self.blocks)
+        return norms + (resident_tile_bytes(self.spec, tuple(head_tiles(self.spec))) if self.is_head else 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Need:
     """Bytes a worker must have for what it holds; `kv_bytes_per_position` counts for every position of all sessions.
 
-    `least_bytes` are the weights that must be in memory: `tile_bytes`, or less for a worker that may stream.
+    `weight_bytes`: weights that take part in every step, so without an embedding that is no lm_head: rows of it are
+    read one by one. `least_bytes`: those of them that must be in memory; fewer than all for a worker that may stream.
+    `block_bytes`: the largest block.
     """
 
     base_bytes: int
-    tile_bytes: int
+    weight_bytes: int
     least_bytes: int
+    block_bytes: int
     workspace_bytes: int
     kv_bytes_per_position: int
     min_positions: int
@@ -124,7 +119,7 @@ class Need:
     @property
     def total_bytes(self) -> int:
         """Bytes with all weights in memory, and the keys and values of one context."""
-        return self.floor_bytes - self.least_bytes + self.tile_bytes
+        return self.floor_bytes - self.least_bytes + self.weight_bytes
 
     @property
     def floor_bytes(self) -> int:
@@ -133,11 +128,14 @@ class Need:
         return fixed + self.kv_bytes_per_position * self.min_positions
 
     def positions_in(self, budget_bytes: int) -> int | None:
-        """Return for how many positions the budget has room beside all weights; None when this worker holds none."""
+        """Return for how many positions the budget has room beside all weights; None when this worker holds none.
+
+        Beyond the least, room for one block stays free: on its way into memory a block is there twice.
+        """
         if not self.kv_bytes_per_position:
             return None
-        fixed = self.base_bytes + self.tile_bytes + self.workspace_bytes
-        return max(0, budget_bytes - fixed) // self.kv_bytes_per_position
+        fixed = self.base_bytes + self.weight_bytes + self.workspace_bytes + self.block_bytes
+        return max(self.min_positions, (budget_bytes - fixed) // self.kv_bytes_per_position)
 
 
 def min_positions(spec: ModelSpec, kv_positions: int = DEFAULT_KV_POSITIONS) -> int:
@@ -145,19 +143,15 @@ def min_positions(spec: ModelSpec, kv_positions: int = DEFAULT_KV_POSITIONS) -> 
     return min(spec.max_positions, MIN_CONTEXT, kv_positions)
 
 
-@lru_cache(maxsize=256)
-def head_bytes(spec: ModelSpec) -> int:
-    """Return the bytes of the head's tiles."""
-    return sum(tile_bytes(spec, tile) for tile in head_tiles(spec))
-
-
 def need_of_holding(holding: Holding, candidate: Candidate, step: StepBounds, kv_positions: int) -> Need:
     """Return what this worker must have to hold this."""
-    spec = holding.spec
+    spec, blocks = holding.spec, holding.blocks
+    least = floor_of_blocks(blocks) if candidate.can_stream else sum(blocks)
     return Need(
         base_bytes=candidate.base_bytes,
-        tile_bytes=holding.tile_bytes,
-        least_bytes=holding.floor_bytes if candidate.can_stream else holding.tile_bytes,
+        weight_bytes=holding.resident_bytes + sum(blocks),
+        least_bytes=holding.resident_bytes + least,
+        block_bytes=max(blocks, default=0),
         workspace_bytes=workspace_bytes(
             spec, ffn_tiles=len(holding.ffn), is_head=holding.is_head, rows=step.rows, samples=step.sampled
         ),

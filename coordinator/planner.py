@@ -245,10 +245,10 @@ def _deal_streamed(servants: Sequence[_Servant], num_layers: int) -> tuple[int, 
 
 def _fair_weights(servants: Sequence[_Servant], num_layers: int) -> list[int]:
     """Return each one's claim to layers in bytes: its part, by memory, of all weights, less the vocabulary it holds."""
-    own = [one.need(0).tile_bytes for one in servants]
+    own = [one.need(0).weight_bytes for one in servants]
     # What remains beside process, temporaries and one layer's keys and values.
-    free = [max(0, one.candidate.budget_bytes - one.need(1).total_bytes + one.need(1).tile_bytes) for one in servants]
-    layer = servants[-1].need(1).tile_bytes - own[-1]
+    free = [max(0, one.candidate.budget_bytes - one.need(1).total_bytes + one.need(1).weight_bytes) for one in servants]
+    layer = servants[-1].need(1).weight_bytes - own[-1]
     everything = num_layers * layer + sum(own)
     return [
         max(0, mine * everything // max(1, sum(free)) - held) if one.takes_layers else 0
@@ -284,8 +284,8 @@ def _require_floors(plan: Plan, request: PlanRequest, candidates: Sequence[Candi
         need = need_of(plan, candidate, request.step, request.kv_positions)
         if need.floor_bytes > candidate.budget_bytes:
             weights = f"{bytes_text(need.least_bytes)} of weights"
-            if need.least_bytes < need.tile_bytes:
-                weights += f" while the rest of {bytes_text(need.tile_bytes)} flows from its disk"
+            if need.least_bytes < need.weight_bytes:
+                weights += f" while the rest of {bytes_text(need.weight_bytes)} flows from its disk"
             raise BudgetTooSmall(
                 f"{worker} needs {bytes_text(need.floor_bytes)} for its part of plan {plan.words} ({weights}), "
                 f"its budget is {bytes_text(candidate.budget_bytes)}",

@@ -21,7 +21,7 @@ from protocol.ids import WorkerId
 from protocol.messages import LinkMode, Peer
 from protocol.plans import Plan
 from protocol.specs import ModelSpec, WeightFormat
-from protocol.tiles import all_tiles, tile_bytes
+from protocol.tiles import TileKind, all_tiles, tile_bytes
 
 STEP = StepBounds(rows=272, sampled=16)
 KV = 8192
@@ -219,8 +219,12 @@ def test_a_holding_is_what_the_contract_counts(words: str, head_only: bool, tied
     for worker in plan.workers:
         holding, tiles = Holding.of(plan, worker), plan.tiles_of(worker)
         assert holding.blocks == window_blocks(plan, worker)
-        assert holding.tile_bytes == sum(tile_bytes(spec, tile) for tile in tiles)
-        assert holding.floor_bytes == resident_tile_bytes(spec, tiles) + floor_of_blocks(holding.blocks)
+        assert holding.resident_bytes == resident_tile_bytes(spec, tiles)
+        held = [tile for tile in tiles if tied or tile.kind is not TileKind.EMBEDDING]
+        need = need_of(plan, Candidate(worker=worker, budget_bytes=GB), STEP)
+        assert need.weight_bytes == need.least_bytes == sum(tile_bytes(spec, tile) for tile in held)
+        need = need_of(plan, Candidate(worker=worker, budget_bytes=GB, can_stream=True), STEP)
+        assert need.least_bytes == holding.resident_bytes + floor_of_blocks(holding.blocks)
 
 
 @pytest.mark.parametrize(
@@ -249,6 +253,7 @@ def test_only_a_floor_that_does_not_fit_is_refused(slack: int, can_stream: bool,
     ("more_positions", "kv_positions", "expected"),
     [
         (0, 8192, 512),
+        (1, 8192, 512),  # a block on its way into memory comes first
         (100, 8192, 612),
         (10**6, 8192, 8192),
         (10**6, 20_000, 20_000),
@@ -262,7 +267,7 @@ def test_room_for_sessions_is_what_memory_leaves(more_positions: int, kv_positio
     asked = replace(request(spec, "1"), kv_positions=kv_positions)
     (worker,) = streaming(GB)
     need = need_of(whole_plan(spec), worker, STEP)
-    budget = need.total_bytes + more_positions * need.kv_bytes_per_position
+    budget = need.total_bytes + more_positions * need.kv_bytes_per_position + (more_positions > 1) * need.block_bytes
     plan = make_plan(asked, [replace(worker, budget_bytes=budget)], epoch=1)
     assert plan.kv_positions == expected
     assert (plan.step_rows, plan.step_samples) == (STEP.rows, STEP.sampled)
@@ -272,7 +277,7 @@ def test_the_narrowest_worker_names_the_room() -> None:
     spec = make_spec(layers=12)
     plan = whole_plan(spec, "1/1")
     need = need_of(plan, candidates(GB, GB)[1], STEP)
-    offered = candidates(GB, need.total_bytes + need.kv_bytes_per_position)
+    offered = candidates(GB, need.total_bytes + need.block_bytes + need.kv_bytes_per_position)
     assert kv_room(plan, offered, STEP, KV) == (513, "w1")
     assert kv_room(plan, candidates(GB, GB), STEP, KV) == (KV, None)
 
@@ -295,7 +300,7 @@ def test_streamed_layers_follow_memory(head_only: bool) -> None:
     for candidate in offered[head_only:]:
         need = need_of(plan, candidate, STEP)
         assert need.total_bytes > candidate.budget_bytes
-        parts.append(1 - (need.total_bytes - candidate.budget_bytes) / need.tile_bytes)
+        parts.append(1 - (need.total_bytes - candidate.budget_bytes) / need.weight_bytes)
     assert max(parts) - min(parts) < 0.05
 
 
