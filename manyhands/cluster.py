@@ -41,9 +41,10 @@ class LocalCluster:
     `model`: folder or hub name, None for the small one that comes along. `plan`: who computes what, e.g. "1,1/1" for
     two workers that share the first layers and one with the rest (the first share is the head's, the others go to the
     workers in the order they join); None leaves it to the coordinator. `workers`: None
-    means as many as the plan has shares. `memory`: each worker's budget, e.g. "900MB". `cache_dir`: where workers keep
-    tiles between clusters; None keeps nothing. `startup_timeout_s` bounds the time without progress. `on_status` sees
-    the status while the model forms.
+    means as many as the plan has shares. `dtype`: of the weights: auto (as stored), float32, bfloat16, int8 or int4.
+    `memory`: what each worker process may take, e.g. "900MB"; weights that don't fit flow from its disk. `cache_dir`:
+    where workers keep tiles between clusters; None keeps nothing. `startup_timeout_s` bounds the time without progress.
+    `on_status` sees the status while the model forms.
 
     Raises the error that a process which ended at start told in its log, DeadlineExceeded when the model does not form.
     `close` ends all processes and removes all files.

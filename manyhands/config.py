@@ -65,4 +65,5 @@ class DemoConfig:
     max_tokens: int = setting(96, "longest answer, in tokens")
     temperature: float = setting(0.6, "0 takes the likeliest token each time; higher is more random")
     seed: int = setting(1, "same seed, same answer")
-    dtype: str = setting("float32", "number format: float32 or bfloat16")
+    dtype: str = setting("float32", "number format of the weights: auto (as stored), float32, bfloat16, int8, int4")
+    memory: str = setting("", "memory each worker process may take, e.g. 400MB")

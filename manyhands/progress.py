@@ -13,7 +13,9 @@ from protocol.errors import DeadlineExceeded
 from protocol.liveness import Lease
 
 # What changes in a status although nothing gets on.
-IDLE_KEYS = frozenset({"last_heard_s", "resident_bytes"})
+IDLE_KEYS = frozenset(
+    {"last_heard_s", "resident_bytes", "peak_bytes", "streamed_bytes_per_step", "disk_bytes_per_s", "stalled_share"}
+)
 
 
 def essence(status: Mapping[str, Any]) -> str:

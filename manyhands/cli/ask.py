@@ -14,9 +14,9 @@ import click
 from manyhands.cli.flags import Configuration, print_settings, settings_options
 from manyhands.cli.follow import follow, json_text, stats_text
 from manyhands.cli.screen import WaitNote, console
+from manyhands.cli.status import show_memory
 from manyhands.client import AsyncClient
 from manyhands.config import ClientConfig
-from manyhands.results import Generation
 from protocol.errors import RequestInvalid
 
 
@@ -40,17 +40,19 @@ def run(prompt: str | None, as_json: bool, stats: bool, **given: Any) -> None:
         return
     config = loaded.config
     config.options()
-    answer = asyncio.run(_ask(config, _prompt(prompt), writes=not as_json))
-    click.echo(json_text(answer) if as_json else "")
-    if stats:
-        console().print(stats_text(answer))
+    asyncio.run(_ask(config, _prompt(prompt), as_json=as_json, stats=stats))
 
 
-async def _ask(config: ClientConfig, prompt: str, *, writes: bool) -> Generation:
+async def _ask(config: ClientConfig, prompt: str, *, as_json: bool, stats: bool) -> None:
     async with AsyncClient(config.link or None, config.timeout_s) as client:
         stream = await client.generate(prompt, stream=True, **config.options())
         with WaitNote() as note:
-            return await follow(stream, _write if writes else lambda text: None, note.say)
+            answer = await follow(stream, _drop if as_json else _write, note.say)
+        click.echo(json_text(answer) if as_json else "")
+        if stats:
+            out = console()
+            out.print(stats_text(answer))
+            show_memory(out, await client.status())
 
 
 def _prompt(prompt: str | None) -> str:
@@ -62,6 +64,10 @@ def _prompt(prompt: str | None) -> str:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
         raise RequestInvalid(f"standard input is no text: {error}") from error
+
+
+def _drop(text: str) -> None:
+    """JSON is printed when it is whole."""
 
 
 def _write(text: str) -> None:

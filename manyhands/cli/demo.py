@@ -15,7 +15,7 @@ from manyhands.cli.flags import Configuration, print_settings, settings_options
 from manyhands.cli.join import require_torch
 from manyhands.cli.news import LoadMeter, news
 from manyhands.cli.screen import WaitNote, console, table
-from manyhands.cli.tables import PLAN_HEADINGS, model_line, plan_line, plan_rows
+from manyhands.cli.tables import PLAN_HEADINGS, STREAM_HEADINGS, model_line, plan_line, plan_rows, stream_rows
 from manyhands.cluster import LocalCluster
 from manyhands.config import DemoConfig
 from manyhands.connection import Status
@@ -42,7 +42,8 @@ def run(**given: Any) -> None:
     began = time.monotonic()
     with WaitNote(line_every_s=1.0) as note:
         note.line(f"starting a coordinator and its workers on this machine, plan {config.plan}")
-        cluster = LocalCluster(plan=config.plan, dtype=config.dtype, on_status=Narrator(note).see)
+        see, memory = Narrator(note).see, config.memory or None
+        cluster = LocalCluster(plan=config.plan, dtype=config.dtype, memory=memory, on_status=see)
         note.line(f"up after {time.monotonic() - began:.1f} s")
     with cluster:
         status = cluster.status()
@@ -91,6 +92,9 @@ def _show(status: Status, pids: dict[str, int], answer: Generation) -> None:
     out = console(sys.stdout)
     out.print(table(PLAN_HEADINGS, plan_rows(status, pids)))
     out.print()
+    if flowing := stream_rows(status):
+        out.print(table(STREAM_HEADINGS, flowing))
+        out.print()
     out.print(f"time to first token  {answer.timings.first_token_s * 1000:.0f} ms")
     out.print(f"speed                {answer.tokens_per_second:.1f} tokens/s")
     out.print(f"tokens               {answer.usage.prompt_tokens} in, {answer.usage.completion_tokens} out")

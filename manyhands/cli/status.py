@@ -10,10 +10,20 @@ import sys
 from typing import Any
 
 import click
+from rich.console import Console
 
 from manyhands.cli.flags import Configuration, print_settings, settings_options
 from manyhands.cli.screen import console, table
-from manyhands.cli.tables import WORKER_HEADINGS, model_line, plan_line, worker_rows
+from manyhands.cli.tables import (
+    MEMORY_HEADINGS,
+    STREAM_HEADINGS,
+    WORKER_HEADINGS,
+    memory_rows,
+    model_line,
+    plan_line,
+    stream_rows,
+    worker_rows,
+)
 from manyhands.config import ClientConfig
 from manyhands.connection import Status
 from manyhands.sync import Client
@@ -55,8 +65,22 @@ def show(status: Status) -> None:
     out.print(f"plan      {plan_line(status)}")
     out.print(f"sessions  {sessions.get('running', 0)} running, {sessions.get('waiting', 0)} waiting")
     out.print(f"served    {totals.get('requests', 0)} requests, {totals.get('completion_tokens', 0)} tokens")
+    if kv := status.get("kv"):
+        out.print(f"memory    {kv['used']} of {kv['positions']} positions for keys and values are taken")
     if status.get("last_error"):
         out.print(f"trouble   {status['last_error']}")
     out.print()
     rows = worker_rows(status)
-    out.print(table(WORKER_HEADINGS, rows) if rows else "no workers: `manyhands join LINK` on a device brings one")
+    if not rows:
+        out.print("no workers: `manyhands join LINK` on a device brings one")
+        return
+    out.print(table(WORKER_HEADINGS, rows))
+    show_memory(out, status)
+
+
+def show_memory(out: Console, status: Status) -> None:
+    """Print what the workers' memory goes to and, when weights flow from a disk, how that keeps up."""
+    for headings, rows in ((MEMORY_HEADINGS, memory_rows(status)), (STREAM_HEADINGS, stream_rows(status))):
+        if rows:
+            out.print()
+            out.print(table(headings, rows))

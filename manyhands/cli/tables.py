@@ -11,8 +11,10 @@ from typing import Any
 from manyhands.cli.screen import bytes_text, count_text
 
 DASH = "-"
-PLAN_HEADINGS = ("worker", "pid", "role", "layers", "groups", "FFN tiles", "weights", "resident")
-WORKER_HEADINGS = ("worker", "role", "phase", "device", "layers", "weights", "resident", "heard", "link")
+PLAN_HEADINGS = ("worker", "pid", "role", "layers", "groups", "FFN", "weights", "budget", "use", "peak")
+WORKER_HEADINGS = ("worker", "role", "phase", "device", "layers", "heard", "link")
+MEMORY_HEADINGS = ("worker", "weights", "KV", "budget", "use", "peak")
+STREAM_HEADINGS = ("worker", "pinned", "window", "read/token", "disk", "waiting")
 
 Tree = Mapping[str, Any]
 Row = tuple[str, ...]
@@ -33,7 +35,7 @@ def plan_rows(status: Tree, pids: Mapping[str, int]) -> list[Row]:
             _range(shares.get(name, {}).get("groups")),
             _range(shares.get(name, {}).get("ffn")),
             bytes_text(workers[name].get("weight_bytes", 0)),
-            bytes_text(workers[name].get("resident_bytes", 0)),
+            *_budget_use_peak(workers[name]),
         )
         for name in dict.fromkeys(names)
     ]
@@ -49,12 +51,42 @@ def worker_rows(status: Tree) -> list[Row]:
             worker.get("phase", DASH),
             f"{worker.get('device', DASH)} x{worker.get('cores', DASH)}",
             _range(shares.get(worker["name"], {}).get("layers")),
-            bytes_text(worker.get("weight_bytes", 0)),
-            bytes_text(worker.get("resident_bytes", 0)),
             f"{worker.get('last_heard_s', 0):.1f} s",
             worker.get("link", DASH),
         )
         for worker in status.get("workers", [])
+    ]
+
+
+def memory_rows(status: Tree) -> list[Row]:
+    """Return what every worker may take of its machine's memory, takes, and took at most."""
+    return [
+        (
+            worker["name"],
+            bytes_text(worker.get("weight_bytes", 0)),
+            bytes_text(worker.get("kv_bytes", 0)),
+            *_budget_use_peak(worker),
+        )
+        for worker in status.get("workers", [])
+    ]
+
+
+def stream_rows(status: Tree) -> list[Row]:
+    """Return how the workers do whose weights flow from disk: what stays, what flows, and what waiting for it costs.
+
+    Read per step, which makes one token of every request that is computed. Waiting: the part of the computing time.
+    """
+    return [
+        (
+            worker["name"],
+            bytes_text(worker.get("pinned_bytes", 0)),
+            bytes_text(worker["window_bytes"]),
+            bytes_text(worker.get("streamed_bytes_per_step", 0)),
+            f"{bytes_text(worker.get('disk_bytes_per_s', 0))}/s",
+            f"{worker.get('stalled_share', 0):.0%}",
+        )
+        for worker in status.get("workers", [])
+        if worker.get("window_bytes")
     ]
 
 
@@ -83,6 +115,13 @@ def _shares(status: Tree) -> dict[str, Tree]:
         for stage in plan.get("stages", [])
         for member in stage["members"]
     }
+
+
+def _budget_use_peak(worker: Tree) -> tuple[str, str, str]:
+    """What a worker may take, takes, and took at most, which not every system tells."""
+    peak = worker.get("peak_bytes")
+    use = bytes_text(worker.get("resident_bytes", 0))
+    return bytes_text(worker.get("budget_bytes", 0)), use, bytes_text(peak) if peak else DASH
 
 
 def _role(name: str, head: str, shares: Mapping[str, Tree]) -> str:

@@ -126,7 +126,10 @@ def test_ask_streams_to_standard_output(fake: FakeCoordinator, capsys: Capture) 
     assert main(["ask", "hi", "--stop", "a,b", "--stop", " ", "--seed", "5", "--stats"]) == 0
     out, err = capsys.readouterr()
     assert out == "hello\n"
-    assert err == "5 tokens (3 in the prompt), first after 100 ms, 40.0 tokens/s, ended by length\n"
+    first, *memory = err.splitlines()
+    assert first == "5 tokens (3 in the prompt), first after 100 ms, 40.0 tokens/s, ended by length"
+    assert memory[1].split() == ["worker", "weights", "KV", "budget", "use", "peak"]
+    assert memory[3].split()[0] == "w1"
     assert (orders(fake)[0].stop, orders(fake)[0].sampling.seed) == (("a,b", " "), 5)
 
 

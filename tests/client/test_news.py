@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import itertools
+from io import StringIO
 from typing import Any
 
 import pytest
-from status_samples import PLAN, READY, status, worker
+from status_samples import PLAN, READY, member, status, worker
 
 from manyhands.cli.news import LoadMeter, news
-from manyhands.cli.screen import bytes_text, count_text
-from manyhands.cli.tables import model_line, plan_line, plan_rows, worker_rows
+from manyhands.cli.screen import bytes_text, console, count_text, table
+from manyhands.cli.tables import (
+    MEMORY_HEADINGS,
+    PLAN_HEADINGS,
+    STREAM_HEADINGS,
+    WORKER_HEADINGS,
+    memory_rows,
+    model_line,
+    plan_line,
+    plan_rows,
+    stream_rows,
+    worker_rows,
+)
 from manyhands.progress import StartWatch, essence
 from protocol.errors import DeadlineExceeded
 
 
 def test_the_plan_as_rows() -> None:
     assert plan_rows(READY, {"w1": 11, "w2": 12}) == [
-        ("w1", "11", "head, hub", "0..4", "0..2", "0..5", "3.1 MB", "300 MB"),
-        ("w2", "12", "member", "0..4", "2..4", "5..10", "3.1 MB", "300 MB"),
-        ("w3", "-", "hub", "4..6", "0..4", "0..10", "3.1 MB", "300 MB"),
+        ("w1", "11", "head, hub", "0..4", "0..2", "0..5", "3.1 MB", "4.0 GB", "300 MB", "320 MB"),
+        ("w2", "12", "member", "0..4", "2..4", "5..10", "3.1 MB", "4.0 GB", "300 MB", "320 MB"),
+        ("w3", "-", "hub", "4..6", "0..4", "0..10", "3.1 MB", "4.0 GB", "300 MB", "320 MB"),
     ]
 
 
@@ -32,8 +44,46 @@ def test_a_head_without_layers_and_a_lost_worker() -> None:
 def test_a_sparse_status_is_shown_too(tree: dict[str, Any]) -> None:
     assert plan_line(tree) == "none yet"
     assert len(worker_rows(tree)) == len(tree.get("workers", []))
+    assert len(memory_rows(tree)) == len(tree.get("workers", []))
     assert plan_rows(tree, {}) == []
+    assert stream_rows(tree) == []
     assert model_line(tree)
+
+
+STREAMING = {
+    "weight_bytes": 2_200_000_000,
+    "pinned_bytes": 720_000_000,
+    "window_bytes": 90_000_000,
+    "steps": 40,
+    "streamed_bytes_per_step": 1_480_000_000,
+    "disk_bytes_per_s": 1_210_000_000,
+    "stalled_share": 0.1249,
+}
+
+
+def test_memory_is_shown_for_all_and_streaming_for_who_streams() -> None:
+    tree = status(workers=[worker("w1", peak_bytes=0), worker("w2", **STREAMING)])
+    assert memory_rows(tree) == [
+        ("w1", "3.1 MB", "0 B", "4.0 GB", "300 MB", "-"),
+        ("w2", "2.2 GB", "0 B", "4.0 GB", "300 MB", "320 MB"),
+    ]
+    assert stream_rows(tree) == [("w2", "720 MB", "90.0 MB", "1.5 GB", "1.2 GB/s", "12%")]
+
+
+def test_tables_fit_a_hundred_columns() -> None:
+    name = "worker-12345"
+    share = {"layers": [96, 126], "hub": name, "members": [member(name, [7, 8], [12, 16])]}
+    plan = PLAN | {"head": name, "stages": [share]}
+    tree = status(plan=plan, workers=[worker(name, role="head", phase="leaving", cores=128, **STREAMING)])
+    for headings, rows in (
+        (PLAN_HEADINGS, plan_rows(tree, {name: 4_000_000})),
+        (WORKER_HEADINGS, worker_rows(tree)),
+        (MEMORY_HEADINGS, memory_rows(tree)),
+        (STREAM_HEADINGS, stream_rows(tree)),
+    ):
+        out = StringIO()
+        console(out).print(table(headings, rows))
+        assert all(len(line.rstrip()) <= 100 for line in out.getvalue().splitlines()), out.getvalue()
 
 
 def test_lines() -> None:
