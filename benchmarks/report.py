@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +13,11 @@ import psutil
 import torch
 
 ROOT = Path(__file__).parent.parent
+
+
+def scratch(name: str) -> Path:
+    """Return a folder for checkpoints and caches that later runs use again ($MANYHANDS_BENCH, or the temporary one)."""
+    return Path(os.environ.get("MANYHANDS_BENCH", tempfile.gettempdir())) / "manyhands-bench" / name
 
 
 def where() -> str:

@@ -14,6 +14,7 @@ from protocol.specs import ModelSpec, Span
 from protocol.tiles import TileId, TileKind, head_tiles, layer_tiles, tile_bytes
 
 FLOAT32_BYTES = 4
+SLACK_BYTES = 16 << 20  # Python objects of a plan, ZeroMQ's queues, what the allocator can't give back
 HIDDEN_COPIES = 10  # hidden states, norms, q, k, v, partial, sum, and two frames on their way in and out
 FFN_COPIES = 3  # gate, up, their product
 WINDOW_SLOTS = 2  # fewer can't read while they compute
@@ -25,7 +26,7 @@ def workspace_bytes(spec: ModelSpec, *, ffn_tiles: int, is_head: bool, rows: int
     """Return the bytes of one step's temporaries: hidden states, this share of the FFN, and on the head logits."""
     ffn_width = -(-spec.intermediate * ffn_tiles // spec.ffn_tiles)
     values = rows * (HIDDEN_COPIES * spec.hidden + FFN_COPIES * ffn_width)
-    return FLOAT32_BYTES * (values + (2 * samples * spec.vocab if is_head else 0))
+    return SLACK_BYTES + FLOAT32_BYTES * (values + (2 * samples * spec.vocab if is_head else 0))
 
 
 @lru_cache(maxsize=4096)

@@ -10,6 +10,7 @@ import torch
 from protocol.errors import ConfigInvalid
 from protocol.messages import DeviceProfile
 from protocol.sizes import parse_bytes
+from runtime.allocator import give_back, keep_steady
 from runtime.device import measure, num_threads, pick_device
 from runtime.kernels import load_or_measure
 from worker.config import WorkerConfig
@@ -19,6 +20,7 @@ from worker.loading import resident_bytes
 
 def executor_settings(config: WorkerConfig) -> ExecutorSettings:
     """Return what the compute thread may use; raises ConfigInvalid for a device that is not here."""
+    keep_steady()
     device = pick_device(config.device)
     budget_bytes = parse_bytes(config.memory, whole=measure(device).available_bytes)
     if budget_bytes <= 0:
@@ -26,6 +28,7 @@ def executor_settings(config: WorkerConfig) -> ExecutorSettings:
     threads = config.threads or num_threads()
     torch.set_num_threads(threads)
     kernels = load_or_measure(device, config.cache_folder / "kernels.json")
+    give_back()
     return ExecutorSettings(
         device=device,
         num_threads=threads,

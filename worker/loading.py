@@ -18,6 +18,7 @@ from protocol.errors import BudgetTooSmall
 from protocol.ids import WorkerId
 from protocol.plans import Plan
 from protocol.tiles import TileEntry, TileId
+from runtime.allocator import give_back
 from runtime.kernels import Kernels
 from runtime.loading import LoadedPart, load_part
 from runtime.shares import NO_SHARE, StageShare
@@ -127,5 +128,6 @@ def load_worker(
         left_bytes=room.left_bytes,
         kv_positions=kv_positions(plan),
     )
+    give_back()
     window_bytes = part.window.ring_bytes
     return WorkerPart(part, room, part.blocks.num_bytes - window_bytes, window_bytes)
