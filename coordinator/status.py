@@ -129,8 +129,9 @@ def _memory(beat: Heartbeat, loaded: Loaded) -> dict[str, Any]:
     return {
         "predicted_bytes": loaded.predicted_bytes,
         "resident_bytes": beat.resident_bytes,
-        "peak_bytes": beat.peak_bytes,
-        "weight_bytes": beat.weight_bytes,
+        # The kernel counts the two at different moments; 0: it does not tell the peak.
+        "peak_bytes": max(beat.peak_bytes, beat.resident_bytes) if beat.peak_bytes else 0,
+        "weight_bytes": beat.weight_bytes or loaded.weight_bytes,  # the heartbeat may be older than the plan
         "kv_bytes": beat.kv_bytes,
         "pinned_bytes": loaded.pinned_bytes,
         "window_bytes": loaded.window_bytes,

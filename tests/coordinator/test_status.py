@@ -56,6 +56,15 @@ def test_memory_and_streaming_are_told() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("resident", "peak", "told"), [(30, 40, 40), (30, 29, 30), (30, 0, 0)])
+def test_a_peak_is_no_less_than_the_use(resident: int, peak: int, told: int) -> None:
+    assert worker_json(beat(resident_bytes=resident, peak_bytes=peak), LOADED)["peak_bytes"] == told
+
+
+def test_weights_are_told_before_the_next_heartbeat() -> None:
+    assert worker_json(beat(weight_bytes=0), LOADED)["weight_bytes"] == 20
+
+
 def test_who_was_never_heard_has_the_same_keys() -> None:
     silent, loud = worker_json(None, None), worker_json(beat(), LOADED)
     assert silent.keys() == loud.keys()
