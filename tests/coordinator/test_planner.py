@@ -15,7 +15,7 @@ from coordinator.links import decide_links, probe_targets
 from coordinator.memory import Candidate, Holding, StepBounds, bytes_text, kv_room, need_of
 from coordinator.planner import PlanRequest, make_plan, seat_workers
 from coordinator.shares import format_words, parse_words
-from protocol.contract import floor_of_blocks, resident_tile_bytes, window_blocks
+from protocol.contract import SLACK_BYTES, floor_of_blocks, resident_tile_bytes, window_blocks
 from protocol.errors import BudgetTooSmall, PlanImpossible
 from protocol.ids import WorkerId
 from protocol.messages import LinkMode, Peer
@@ -294,7 +294,7 @@ def test_automatic_plans_stream_only_when_memory_is_short() -> None:
 def test_streamed_layers_follow_memory(head_only: bool) -> None:
     """All workers that hold layers have room for about the same part of their weights, the vocabulary counted."""
     spec = make_spec(layers=60, max_positions=64)
-    offered = streaming(4_000_000, 3_000_000, 6_000_000)
+    offered = streaming(*(SLACK_BYTES + more for more in (4_000_000, 3_000_000, 6_000_000)))
     plan = make_plan(request(spec, None, head_only=head_only), offered, epoch=1)
     parts = []
     for candidate in offered[head_only:]:
