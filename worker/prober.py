@@ -41,11 +41,14 @@ async def probe(
                 reached.setdefault(peer.worker, address)
 
     tasks = [asyncio.create_task(try_address(peer, one)) for peer in peers for one in peer.addresses]
-    if tasks:
-        await asyncio.wait(tasks, timeout=deadline_s)
-    for task in tasks:
-        task.cancel()
-    for result in await asyncio.gather(*tasks, return_exceptions=True):
+    try:
+        if tasks:
+            await asyncio.wait(tasks, timeout=deadline_s)
+    finally:  # also when we are cancelled: a try left behind would hold its socket, and the context, for ever
+        for task in tasks:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+    for result in results:
         if isinstance(result, Exception):
             raise result
     return reached
