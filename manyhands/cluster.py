@@ -78,7 +78,7 @@ class LocalCluster:
             "dtype": dtype,
             "head_only": str(head_only).lower(),
             "port": "0",
-            "cache_dir": str(self._folder / "manifests"),
+            "cache_dir": str(cache_dir / "coordinator" if cache_dir else self._folder / "manifests"),
         }
         for_workers = {
             "threads": str(threads),

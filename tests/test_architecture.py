@@ -114,3 +114,12 @@ def test_imports_with_packages_absent(module: str, blocked: list[str]) -> None:
     code = BLOCK.format(blocked=blocked, module=module)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_architecture_page_names_each_module(folder: str) -> None:
+    page = (ROOT / "ARCHITECTURE.md").read_text()
+    missing = [
+        path.stem for path in modules(folder) if not path.stem.startswith("__") and f"| `{path.stem}` |" not in page
+    ]
+    assert not missing
