@@ -29,6 +29,7 @@ from coordinator.events import (
 )
 from coordinator.policy import ClusterPolicy
 from coordinator.state import ClusterState
+from protocol.contract import SLACK_BYTES
 from protocol.errors import ManyhandsError
 from protocol.ids import SessionId, WorkerId
 from protocol.messages import HeartbeatReply, Load, Probe, Release, Step, Unload
@@ -36,7 +37,7 @@ from protocol.messages import HeartbeatReply, Load, Probe, Release, Step, Unload
 CHAOS_S, SETTLE_S = 20.0, 5.0
 MOST_S = 200.0  # by then all must be answered
 LATE_QUESTIONS = (1001, 1002)
-BUDGET = 1_440_000  # one worker alone has room for a few sessions only
+BUDGET = SLACK_BYTES + 1_440_000  # one worker alone has room for a few sessions only
 
 
 def policy_of(dice: random.Random) -> ClusterPolicy:
