@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from coordinator.events import Phase
+from protocol.errors import ManyhandsError
 from protocol.ids import WorkerId
 from protocol.messages import DeviceProfile, Heartbeat, Loaded, Role
 from protocol.plans import Plan
@@ -90,3 +91,4 @@ class ClusterStatus:
     kv: KvStatus
     totals: Totals
     last_error: str
+    refusal: ManyhandsError | None = None  # why the workers that are here can't hold the model, while that is so

@@ -210,6 +210,12 @@ class Deployment:
             return f"waiting for {wanted - len(here)} of {wanted} workers; here: {', '.join(here)}"
         return ""
 
+    @property
+    def refusal(self) -> ManyhandsError | None:
+        """Why no plan fits the workers that are here; None while one may."""
+        is_same_crew = self._refused_for is not None and self._refused_for == self._incarnations()
+        return self.error if is_same_crew and self.phase is Phase.WAITING else None
+
     def _draft_plan(self, now: float) -> list[Effect]:
         self._planned_for = self._incarnations()
         self._candidates = self._list_candidates()

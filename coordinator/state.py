@@ -100,6 +100,7 @@ class ClusterState:
             kv=self._sessions.kv,
             totals=self._sessions.totals,
             last_error=str(error) if error else "",
+            refusal=deployment.refusal,
         )
 
     def _worker_status(self, member: Member, now: float) -> WorkerStatus:

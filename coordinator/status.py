@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any, Final, NamedTuple
 
 from coordinator.cluster_status import ClusterStatus, WorkerStatus
+from protocol.errors import ManyhandsError
 from protocol.messages import Heartbeat, Loaded, WorkerPhase
 from protocol.plans import Plan
 from protocol.specs import ModelSpec, Span
@@ -54,8 +55,19 @@ def render_status(status: ClusterStatus, *, cluster: str, spec: ModelSpec, count
         },
         "frames": counts._asdict(),
         "last_error": status.last_error,
+        "refusal": None if status.refusal is None else _refusal(status.refusal),
     }
     return json.dumps(tree, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
+def _refusal(error: ManyhandsError) -> dict[str, Any]:
+    return {
+        "code": error.code,
+        "message": error.message,
+        "remedy": error.remedy,
+        "node": error.node,
+        "phase": error.phase,
+    }
 
 
 def num_parameters(spec: ModelSpec) -> int:

@@ -17,6 +17,7 @@ from manyhands.home import CLIENT_LINK_FILE, read_link_file
 from manyhands.processes import ChildProcess
 from manyhands.progress import StartWatch, essence, headline
 from manyhands.sync import Client
+from protocol.errors import from_code
 from protocol.security import Link
 
 POLL_S = 0.1
@@ -71,7 +72,8 @@ def wait_until_ready(
 ) -> Status:
     """Wait until the model has formed and return the status; `on_status` sees each status on the way.
 
-    Raises `child_error` when one of the children ends, DeadlineExceeded after `timeout_s` seconds without progress.
+    Raises `child_error` when one of the children ends, what the planner refused (PlanImpossible, BudgetTooSmall), and
+    DeadlineExceeded after `timeout_s` seconds without progress.
     """
     watch = StartWatch(timeout_s, time.monotonic())
     while True:
@@ -82,6 +84,8 @@ def wait_until_ready(
             on_status(status)
         if status.get("phase") == "ready":
             return status
+        if (refusal := status.get("refusal")) is not None:
+            raise from_code(**refusal)
         logged = sum(child.log_bytes() for child in children.values())
         watch.see(f"{logged} {essence(status)}", headline(status), time.monotonic())
         watch.check(time.monotonic())

@@ -407,6 +407,7 @@ async def test_the_status_has_its_keys(model: Path, tmp_path: Path) -> None:
     assert set(report) >= {
         "cluster", "version", "term", "epoch", "phase", "detail", "model", "plan", "workers", "sessions", "totals",
         "last_error",
+        "refusal",
     }  # fmt: skip
     assert report["cluster"] == "home"
     assert report["model"]["layers"] == 2 and report["model"]["hidden"] == 32  # type: ignore[index]
