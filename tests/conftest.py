@@ -10,8 +10,8 @@ import pytest
 def pytest_configure() -> None:
     """Collect no garbage while test modules are parsed and rewritten.
 
-    CPython 3.11 now and then raises "AST constructor recursion depth mismatch" when a collection, and with it hypothesis'
-    callback on collections, falls into the parsing of a module.
+    CPython 3.11 now and then raises "AST constructor recursion depth mismatch" when a collection, and with it the
+    callback that hypothesis hangs on collections, falls into the parsing of a module.
     """
     gc.disable()
 
