@@ -31,11 +31,20 @@ _log = logging.getLogger(__name__)
 class BlockCache:
     """The blocks of one worker's part of a model."""
 
-    def __init__(self, store: TileStore, folder: Path, order: BlockOrder, tiles: Mapping[TileId, TileEntry]) -> None:
+    def __init__(
+        self,
+        store: TileStore,
+        folder: Path,
+        order: BlockOrder,
+        tiles: Mapping[TileId, TileEntry],
+        on_read: Callable[[int], None],
+    ) -> None:
+        """`on_read` is told of the bytes of each block that is there already."""
         self._store = store
         self._folder = folder
         self._order = order
         self._tiles = tiles
+        self._on_read = on_read
         self._kept: list[TileEntry] = []
 
     def path_of(self, op: int, num_bytes: int, fill: Callable[[memoryview], None]) -> Path:
@@ -64,6 +73,7 @@ class BlockCache:
             return None
         try:
             self._store.verify(entry)
+            self._on_read(num_bytes)
         except TileUnavailable as error:
             _log.warning("%s; making it again", error)
             return None

@@ -31,7 +31,6 @@ from protocol.messages import (
     OLDEST_VERSION,
     VERSION,
     ErrorReport,
-    Heartbeat,
     HeartbeatReply,
     Hello,
     Leave,
@@ -57,8 +56,8 @@ from worker.fetcher import Fetcher
 from worker.groups import most_telling
 from worker.identity import Home, Identity
 from worker.links import Links
-from worker.loading import peak_bytes, resident_bytes
 from worker.prober import probe
+from worker.pulse import heartbeat_of, load_progress_of
 from worker.state import (
     TOLD_AS,
     BeginPlan,
@@ -225,24 +224,9 @@ class Control:
             silence_s = self._lease.silence_s(time.monotonic())
             if self._lease.is_over(time.monotonic()):
                 raise CoordinatorLost(f"the coordinator was not heard for {silence_s:.1f} s")
-            streamed, work = self._executor.streamed(), self._executor.work
-            connection.say(
-                Heartbeat(
-                    sequence=sequence % 2**31,
-                    epoch=self._state.epoch,
-                    phase=TOLD_AS[self._state.phase],
-                    progress=self._executor.progress,
-                    resident_bytes=resident_bytes(),
-                    weight_bytes=self._executor.weight_bytes,
-                    kv_bytes=self._executor.kv_bytes,
-                    peak_bytes=peak_bytes(),
-                    streamed_bytes=streamed.read_bytes,
-                    streaming_s=streamed.read_s,
-                    stalled_s=streamed.stalled_s,
-                    computing_s=work.computing_s,
-                    steps=work.steps,
-                )
-            )
+            connection.say(heartbeat_of(self._state, self._executor, sequence))
+            if (progress := load_progress_of(self._state, self._executor)) is not None:
+                connection.say(progress)
             sequence += 1
             await asyncio.sleep(welcome.heartbeat_s)
 

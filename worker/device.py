@@ -5,6 +5,9 @@ Knows nothing of plans.
 
 from __future__ import annotations
 
+import logging
+from typing import Final
+
 import torch
 
 from protocol.errors import ConfigInvalid
@@ -17,12 +20,26 @@ from worker.config import WorkerConfig
 from worker.executor import ExecutorSettings
 from worker.loading import resident_bytes
 
+MOST_OF_MEMORY: Final = 0.95  # a process at the very limit of its control group is killed by one page too many
+_log = logging.getLogger(__name__)
+
 
 def executor_settings(config: WorkerConfig) -> ExecutorSettings:
     """Return what the compute thread may use; raises ConfigInvalid for a device that is not here."""
     keep_steady()
     device = pick_device(config.device)
-    budget_bytes = parse_bytes(config.memory, whole=measure(device).available_bytes)
+    facts = measure(device)
+    budget_bytes = parse_bytes(config.memory, whole=facts.available_bytes)
+    most_bytes = int(facts.memory_bytes * MOST_OF_MEMORY)
+    if budget_bytes > most_bytes:
+        _log.warning(
+            "memory %s is more than this process may take here (%d bytes in all, a control group's limit counted); "
+            "working with %d bytes",
+            config.memory,
+            facts.memory_bytes,
+            most_bytes,
+        )
+        budget_bytes = most_bytes
     if budget_bytes <= 0:
         raise ConfigInvalid(f"memory {config.memory!r} leaves nothing to work with")
     threads = config.threads or num_threads()

@@ -79,6 +79,8 @@ class Executor:
         self._link_deadline = 0.0
         self._failed_epoch = 0
         self._loaded_bytes = 0
+        self._loaded_before = 0
+        self._to_load_bytes = 0
         self._weight_bytes = 0
 
     # ------------------------------------------------------------ from any thread
@@ -105,6 +107,11 @@ class Executor:
         parts = self._parts
         star = parts.star if parts is not None else None
         return self._loaded_bytes + (star.num_ops + star.num_bytes if star is not None else 0)
+
+    @property
+    def load_progress(self) -> tuple[int, int]:
+        """Bytes read so far of the load under way, and those it will read at least."""
+        return self._loaded_bytes - self._loaded_before, self._to_load_bytes
 
     @property
     def weight_bytes(self) -> int:
@@ -249,6 +256,10 @@ class Executor:
 
     def _build(self, plan: Plan, entries: tuple[TileEntry, ...]) -> Parts:
         by_tile = {entry.tile: entry for entry in entries}
+        self._loaded_before, self._to_load_bytes = self._loaded_bytes, sum(entry.num_bytes for entry in entries)
+
+        def read(num_bytes: int) -> None:
+            self._loaded_bytes += num_bytes
 
         def source(tile: TileId) -> memoryview:
             if self._num_urgent:
@@ -256,7 +267,7 @@ class Executor:
             if (arrival := self._links.receive(0)) is not None:  # neighbours say hello while this loads
                 self._keep(arrival)
             data = self._store.read(by_tile[tile])
-            self._loaded_bytes += len(data)
+            read(len(data))
             return data
 
         settings = self._settings
@@ -270,6 +281,7 @@ class Executor:
             device=settings.device,
             budget_bytes=settings.budget_bytes,
             base_bytes=settings.base_bytes,
+            on_read=read,
         )
         stage, head = self._held.part.stage, self._held.part.head
         star = Star(plan, self._own, self, settings.device, settings.step_timeout_s) if stage is not None else None

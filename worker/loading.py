@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
 
 import psutil
@@ -114,8 +114,12 @@ def load_worker(
     device: torch.device,
     budget_bytes: int,
     base_bytes: int,
+    on_read: Callable[[int], None],
 ) -> WorkerPart:
-    """Load blocks, head and KV arena. Raises BudgetTooSmall, StorageFull, StorageFailed, TileUnavailable."""
+    """Load blocks, head and KV arena; `on_read` is told of bytes read beside those of `source`.
+
+    Raises BudgetTooSmall, StorageFull, StorageFailed, TileUnavailable.
+    """
     room = room_of(plan, own, budget_bytes, base_bytes)
     order = BlockOrder(
         spec=plan.model, share=share_of(plan, own), is_head=own == plan.head, kernels=kernels, device=device
@@ -124,7 +128,7 @@ def load_worker(
         order,
         source,
         lambda tile, offset, length: store.read_range(entries[tile], offset, length),
-        BlockCache(store, store.root / "blocks", order, entries),
+        BlockCache(store, store.root / "blocks", order, entries, on_read),
         left_bytes=room.left_bytes,
         kv_positions=kv_positions(plan),
     )
