@@ -1,4 +1,4 @@
-"""Runs a coordinator as a process: event loop, signals, the end of standard input.
+"""Runs a coordinator as a process, until it is told to end.
 
 Knows nothing of what a coordinator does.
 """
@@ -6,17 +6,10 @@ Knows nothing of what a coordinator does.
 from __future__ import annotations
 
 import asyncio
-import logging
-import os
-import signal
-import threading
-from collections.abc import Callable
 
 from coordinator.config import CoordinatorConfig
 from coordinator.daemon import Callbacks, serve
-
-_log = logging.getLogger(__name__)
-STDIN = 0
+from protocol.process import run_loop, told_to_stop
 
 
 def run_process(config: CoordinatorConfig, callbacks: Callbacks | None = None) -> int:
@@ -24,45 +17,11 @@ def run_process(config: CoordinatorConfig, callbacks: Callbacks | None = None) -
 
     Call it in the main thread. Raises what `serve` raises.
     """
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_serve_until_told(config, callbacks))
+    run_loop(_serve_until_told(config, callbacks))
     return 0
 
 
 async def _serve_until_told(config: CoordinatorConfig, callbacks: Callbacks | None) -> None:
-    loop, stop = asyncio.get_running_loop(), asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    try:
-        if config.exit_on_stdin_close:
-            _watch_stdin(lambda: loop.call_soon_threadsafe(stop.set))
+    stop = asyncio.Event()
+    with told_to_stop(lambda _: stop.set(), watch_stdin=config.exit_on_stdin_close):
         await serve(config, stop, callbacks)
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
-
-
-def _watch_stdin(on_close: Callable[[], object]) -> None:
-    """Call `on_close` when standard input ends. A thread, because an event loop can't watch a file or /dev/null."""
-
-    def watch() -> None:
-        try:
-            while os.read(STDIN, 4096):
-                pass
-        except OSError as error:
-            _log.warning("standard input can't be read: %s", error)
-        try:
-            on_close()
-        except RuntimeError:  # the loop has ended before standard input did
-            _log.debug("standard input ended after the coordinator")
-
-    threading.Thread(target=watch, name="stdin", daemon=True).start()
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    try:
-        import uvloop
-    except ImportError:  # no wheel for this platform; asyncio's own loop is slower, nothing else
-        return None
-    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-    return factory

@@ -33,16 +33,16 @@ from protocol.messages import (
 from protocol.security import Gate, KeyPair
 from protocol.transport import bind_router, dial, envelope_of
 from worker.coordinator_line import CoordinatorLine, StepFrames, read_line
-from worker.peer import Peer, sockets_of
+from worker.peer import Peer
 from worker.sending import MAX_FRAME_BYTES, receive_now, send_now, send_within
 from worker.waker import Waker
+from worker.watch import Watch, is_readable
 from worker.wire import pack_data, unpack_data
 
 DRAIN: Final = 64  # messages taken from one socket before the others have their turn
 MAX_STASHED: Final = 1024
 TICK_S: Final = 0.02  # while links are being made
 BETWEEN_WORKERS: Final = (Activation, Partial, Sum)
-POLLIN: Final = int(zmq.POLLIN)
 COORDINATOR: Final = WorkerId("")
 _log = logging.getLogger(__name__)
 
@@ -73,7 +73,9 @@ class Links:
         self._peers: dict[WorkerId, Peer] = {}
         self._by_key: dict[bytes, Peer] = {}
         self._arrivals: deque[Arrival] = deque()
-        self._poll_items: list[tuple[Any, int]] = []
+        self._watch = Watch(self._waker)
+        self._takers: dict[object, Callable[[], None]] = {}
+        self._is_linking = self._is_woken = False
         self.epoch = 0
         self.num_dropped = 0
         self._refresh()
@@ -101,6 +103,7 @@ class Links:
         self.epoch = epoch
         self._peers = {order.peer.worker: Peer(order) for order in orders}
         self._by_key = {peer.key: peer for peer in self._peers.values()}
+        self._is_linking = bool(self._peers)
         self._tend()
 
     def end(self) -> None:
@@ -141,15 +144,18 @@ class Links:
         if self._arrivals:
             return self._arrivals.popleft()
         deadline = self._clock() + timeout_s
+        left_s = timeout_s
         while True:
-            is_linking = any(not peer.is_linked for peer in self._peers.values())
-            if is_linking:
+            if self._is_linking:
                 self._tend()
-            left_s = deadline - self._clock()
-            is_woken = self._poll(min(left_s, TICK_S) if is_linking else left_s)
+                left_s = min(left_s, TICK_S)
+            for item in self._watch.readable(left_s):
+                self._takers[item]()
             if self._arrivals:
                 return self._arrivals.popleft()
-            if is_woken or self._clock() >= deadline:
+            left_s = deadline - self._clock()
+            if self._is_woken or left_s <= 0:
+                self._is_woken = False
                 return None
 
     def close(self) -> None:
@@ -159,6 +165,7 @@ class Links:
         self._monitor.close()
         self._listener.close(linger=200)
         self._line.close()
+        self._watch.close()
         self._gate.close()
         self._waker.close()
         self._context.term()
@@ -175,40 +182,24 @@ class Links:
         else:
             raise PeerLost(f"{peer.worker} is not linked", node=peer.worker, phase="send")
 
-    def _poll(self, timeout_s: float) -> bool:
-        """Wait until something is readable and take it; True when woken."""
-        is_woken = False
-        for item, _ in zmq.zmq_poll(self._poll_items, max(0, round(timeout_s * 1000))):
-            if item is self._listener:
-                self._drain_listener()
-            elif self._line.socket is not None and item is self._line.socket:
-                self._drain(item, self._take_from_coordinator)
-            elif item == self._waker.fileno():
-                self._waker.clear()
-                is_woken = True
-            elif item is self._monitor:
-                self._take_listener_event()
-            else:
-                self._take_from_dealers(item)
-        return is_woken
-
     def _drain_listener(self) -> None:
         for _ in range(DRAIN):
-            try:
-                frames = receive_now(self._listener)
-            except zmq.Again:
+            self._take_from_listener(receive_now(self._listener))
+            if not is_readable(self._listener):
                 return
-            envelope = envelope_of(frames)
-            peer = self._by_key.get(envelope.public_key)
-            received = self._decode(peer, envelope.frames)
-            if received is None:
-                self.num_dropped += 1
-            elif isinstance(received.message, LinkHello):
-                self._answer_hello(peer, received.message, envelope.routing_id, int(frames[0].get(zmq.SRCFD)))
-            elif peer is None or peer.mode is not LinkMode.LISTEN or peer.route != envelope.routing_id:
-                self.num_dropped += 1
-            else:
-                self._take_from_peer(peer, received.message, received.payload)
+
+    def _take_from_listener(self, frames: list[zmq.Frame]) -> None:
+        envelope = envelope_of(frames)
+        peer = self._by_key.get(envelope.public_key)
+        received = self._decode(peer, envelope.frames)
+        if received is None:
+            self.num_dropped += 1
+        elif isinstance(received.message, LinkHello):
+            self._answer_hello(peer, received.message, envelope.routing_id, int(frames[0].get(zmq.SRCFD)))
+        elif peer is None or peer.mode is not LinkMode.LISTEN or peer.route != envelope.routing_id:
+            self.num_dropped += 1
+        else:
+            self._take_from_peer(peer, received.message, received.payload)
 
     def _answer_hello(self, peer: Peer | None, hello: LinkHello, route: bytes, descriptor: int) -> None:
         is_probe = hello.epoch == 0
@@ -217,20 +208,26 @@ class Links:
             self.num_dropped += 1  # a newer epoch: it says hello again, and we shall know it by then
             return
         if peer is not None and is_ours and not is_probe:
-            peer.route, peer.descriptor, peer.is_linked = route, descriptor, True
+            peer.route, peer.descriptor = route, descriptor
+            self._mark(peer, is_linked=True)
         frames = encode(LinkWelcome(worker=self._line.own, epoch=hello.epoch))
         try:
             send_now(self._listener, [route, *frames])
         except zmq.ZMQError as error:  # it asked and went; when it is a neighbour, the break shows on its own
             _log.info("no way back to %s: %s", hello.worker, error.strerror)
 
-    def _take_from_dealers(self, item: zmq.Socket[bytes]) -> None:
-        for peer in self._peers.values():
-            if item is peer.monitor:
-                recv_monitor_message(item)
-                self._broken(peer)
-            elif item is peer.dealer:
-                self._drain(item, partial(self._take_frames, peer))
+    def _drain_dealer(self, peer: Peer) -> None:
+        if peer.dealer is None:
+            return
+        for _ in range(DRAIN):
+            self._take_frames(peer, [frame.buffer for frame in receive_now(peer.dealer)])
+            if peer.dealer is None or not is_readable(peer.dealer):
+                return
+
+    def _take_dealer_event(self, peer: Peer) -> None:
+        if peer.monitor is not None:
+            recv_monitor_message(peer.monitor)
+            self._broken(peer)
 
     def _take_frames(self, peer: Peer, frames: Sequence[Buffer]) -> None:
         received = self._decode(peer, frames)
@@ -247,13 +244,18 @@ class Links:
             error.node = peer.worker
             raise
 
-    def _drain(self, socket: zmq.Socket[bytes], take: Callable[[list[memoryview]], None]) -> None:
+    def _drain_line(self) -> None:
+        socket = self._line.socket
+        if socket is None:
+            return
         for _ in range(DRAIN):
-            try:
-                frames = receive_now(socket)
-            except zmq.Again:
+            self._take_from_coordinator([frame.buffer for frame in receive_now(socket)])
+            if not is_readable(socket):
                 return
-            take([frame.buffer for frame in frames])
+
+    def _take_wake(self) -> None:
+        self._waker.clear()
+        self._is_woken = True
 
     def _take_from_coordinator(self, frames: list[memoryview]) -> None:
         found = read_line(frames)
@@ -269,7 +271,7 @@ class Links:
     def _take_from_peer(self, peer: Peer, message: Any, payload: memoryview) -> None:
         if isinstance(message, LinkWelcome):
             if message.epoch == self.epoch and message.worker == peer.worker:
-                peer.is_linked = True
+                self._mark(peer, is_linked=True)
         elif isinstance(message, LinkHello):  # relayed; a direct one goes to the listener
             if message.epoch == self.epoch and peer.mode is LinkMode.RELAY:
                 self._send_to_peer(peer, encode(LinkWelcome(worker=self._line.own, epoch=self.epoch)))
@@ -295,8 +297,12 @@ class Links:
 
     def _broken(self, peer: Peer) -> None:
         if peer.is_linked:
-            peer.is_linked = False
+            self._mark(peer, is_linked=False)
             raise PeerLost(f"the connection to {peer.worker} broke", node=peer.worker, phase="link")
+
+    def _mark(self, peer: Peer, *, is_linked: bool) -> None:
+        peer.is_linked = is_linked
+        self._is_linking = any(not other.is_linked for other in self._peers.values())
 
     def _tend(self) -> None:
         """Dial and greet neighbours that have not answered yet."""
@@ -332,6 +338,14 @@ class Links:
         self._refresh()
 
     def _refresh(self) -> None:
-        items = [self._listener, self._waker.fileno(), self._monitor, self._line.socket]
-        items += sockets_of(list(self._peers.values()))
-        self._poll_items = [(item, POLLIN) for item in items if item is not None]
+        takers: dict[Any, Callable[[], None]] = {self._listener: self._drain_listener}
+        monitors: dict[Any, Callable[[], None]] = {self._monitor: self._take_listener_event}
+        if self._line.socket is not None:
+            takers[self._line.socket] = self._drain_line
+        for peer in self._peers.values():
+            if peer.dealer is not None:
+                takers[peer.dealer] = partial(self._drain_dealer, peer)
+            if peer.monitor is not None:
+                monitors[peer.monitor] = partial(self._take_dealer_event, peer)
+        self._watch.watch(takers, monitors)
+        self._takers = {**takers, **monitors, self._waker: self._take_wake}

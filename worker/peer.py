@@ -5,7 +5,7 @@ Knows nothing of polling or of other neighbours; time is a parameter.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import zmq
 
@@ -72,8 +72,3 @@ class Peer:
                 self.monitor.close()
             self.dealer.close(linger=0)
         self.dealer = self.monitor = None
-
-
-def sockets_of(peers: list[Peer]) -> list[Any]:
-    """Return every socket of these peers that may become readable."""
-    return [one for peer in peers for one in (peer.dealer, peer.monitor) if one is not None]
