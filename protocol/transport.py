@@ -82,6 +82,17 @@ def dial(  # noqa: PLR0917  each names one thing the socket can't do without
     again (libzmq ends its session): where the key may be admitted later, open a new one. Closing drops what is not
     sent yet: close with `linger=500` after a farewell. Raises LinkInvalid for an address that is none.
     """
+    socket = _dealer(context, keys, server_key, routing_id, max_message_bytes)
+    try:
+        _connect(socket, address)
+    except BaseException:
+        socket.close()
+        raise
+    return socket
+
+
+def _dealer(context: zmq.Context[S], keys: KeyPair, server_key: bytes, routing_id: bytes, max_message_bytes: int) -> S:
+    """Return a DEALER that is not connected yet."""
     socket = context.socket(zmq.DEALER)
     try:
         _bound(socket, max_message_bytes, 1000)
@@ -93,14 +104,18 @@ def dial(  # noqa: PLR0917  each names one thing the socket can't do without
         socket.setsockopt(zmq.CURVE_SERVERKEY, server_key)
         socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
         socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public)
-        socket.connect(_endpoint(socket, address))
-    except zmq.ZMQError as error:
-        socket.close()
-        raise LinkInvalid(f"can't dial {address!r:.80}: {error.strerror}") from error
     except BaseException:
         socket.close()
         raise
     return socket
+
+
+def _connect(socket: zmq.Socket[Any], address: str) -> None:
+    """Begin to connect; raises LinkInvalid when the address is none."""
+    try:
+        socket.connect(_endpoint(socket, address))
+    except zmq.ZMQError as error:
+        raise LinkInvalid(f"can't dial {address!r:.80}: {error.strerror}") from error
 
 
 def _bound(socket: zmq.Socket[Any], max_message_bytes: int, hwm: int) -> None:
@@ -160,8 +175,8 @@ async def dial_first(  # noqa: PLR0917  those of `dial`, and what to say
     turned our key away, CoordinatorLost when nobody answered within `timeout_s`; both name every address.
     """
 
-    def open_socket(address: str) -> zmq.asyncio.Socket:
-        return dial(context, address, keys, server_key, routing_id, max_message_bytes)
+    def open_socket() -> zmq.asyncio.Socket:
+        return _dealer(context, keys, server_key, routing_id, max_message_bytes)
 
     attempts = [_Attempt(address, open_socket) for address in dict.fromkeys(addresses)]
     turn = asyncio.Lock()
@@ -209,7 +224,7 @@ def _nobody_answered(attempts: list[_Attempt], timeout_s: float) -> AccessRefuse
 class _Attempt:
     """One address on trial: its socket, how far it came, and the answer."""
 
-    def __init__(self, address: str, open_socket: Callable[[str], zmq.asyncio.Socket]) -> None:
+    def __init__(self, address: str, open_socket: Callable[[], zmq.asyncio.Socket]) -> None:
         self.address = address
         self.socket: zmq.asyncio.Socket | None = None
         self.answer: list[memoryview] = []
@@ -221,9 +236,11 @@ class _Attempt:
     async def greet(self, hello: Sequence[Buffer], start_s: float, turn: asyncio.Lock, patience_s: float) -> None:
         """After `start_s`, connect; at our turn say hello; wait up to `patience_s` for the answer."""
         await asyncio.sleep(start_s)  # not even connected before: a ROUTER is deaf to a second peer of the same id
-        self.socket = self._open_socket(self.address)
+        self.socket = self._open_socket()
         events = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+        # Watched before it connects: on loopback hands may be shaken before the next line is reached.
         self._monitor = self.socket.get_monitor_socket(events)
+        _connect(self.socket, self.address)
         if not await self._shakes_hands(self._monitor):
             return
         async with turn:
