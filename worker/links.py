@@ -36,10 +36,9 @@ from worker.coordinator_line import CoordinatorLine, StepFrames, read_line
 from worker.peer import Peer
 from worker.sending import MAX_FRAME_BYTES, receive_now, send_now, send_within
 from worker.waker import Waker
-from worker.watch import Watch, is_readable
+from worker.watch import Watch
 from worker.wire import pack_data, unpack_data
 
-DRAIN: Final = 64  # messages taken from one socket before the others have their turn
 MAX_STASHED: Final = 1024
 TICK_S: Final = 0.02  # while links are being made
 BETWEEN_WORKERS: Final = (Activation, Partial, Sum)
@@ -116,6 +115,7 @@ class Links:
         missing = [peer.worker for peer in self._peers.values() if not peer.is_linked]
         if not self._line.is_up:
             missing.append(COORDINATOR)
+        self._touch_line()
         return tuple(missing)
 
     # ------------------------------------------------------------ frames
@@ -135,6 +135,7 @@ class Links:
     def send_up(self, message: object, payload: Buffer | None = None) -> None:
         """Send to the coordinator; raises CoordinatorLost."""
         self._line.send(encode(message, payload))
+        self._touch_line()
 
     def receive(self, timeout_s: float) -> Arrival | None:
         """Return the next message of this epoch; None after `timeout_s` or when woken.
@@ -174,21 +175,18 @@ class Links:
 
     def _send_to_peer(self, peer: Peer, frames: list[Buffer]) -> None:
         if peer.mode is LinkMode.RELAY:
-            self._line.relay(peer.worker, frames)
+            self._relay(peer.worker, frames)
         elif peer.dealer is not None:
             send_within(peer.dealer, frames)
+            self._watch.touch(peer.dealer)
         elif peer.route:
             send_within(self._listener, [peer.route, *frames])
+            self._watch.touch(self._listener)
         else:
             raise PeerLost(f"{peer.worker} is not linked", node=peer.worker, phase="send")
 
-    def _drain_listener(self) -> None:
-        for _ in range(DRAIN):
-            self._take_from_listener(receive_now(self._listener))
-            if not is_readable(self._listener):
-                return
-
-    def _take_from_listener(self, frames: list[zmq.Frame]) -> None:
+    def _take_from_listener(self) -> None:
+        frames = receive_now(self._listener)
         envelope = envelope_of(frames)
         peer = self._by_key.get(envelope.public_key)
         received = self._decode(peer, envelope.frames)
@@ -216,18 +214,12 @@ class Links:
         except zmq.ZMQError as error:  # it asked and went; when it is a neighbour, the break shows on its own
             _log.info("no way back to %s: %s", hello.worker, error.strerror)
 
-    def _drain_dealer(self, peer: Peer) -> None:
-        if peer.dealer is None:
-            return
-        for _ in range(DRAIN):
-            self._take_frames(peer, [frame.buffer for frame in receive_now(peer.dealer)])
-            if peer.dealer is None or not is_readable(peer.dealer):
-                return
+    def _take_from_dealer(self, peer: Peer, dealer: zmq.Socket[bytes]) -> None:
+        self._take_frames(peer, [frame.buffer for frame in receive_now(dealer)])
 
-    def _take_dealer_event(self, peer: Peer) -> None:
-        if peer.monitor is not None:
-            recv_monitor_message(peer.monitor)
-            self._broken(peer)
+    def _take_dealer_event(self, peer: Peer, monitor: zmq.Socket[bytes]) -> None:
+        recv_monitor_message(monitor)
+        self._broken(peer)
 
     def _take_frames(self, peer: Peer, frames: Sequence[Buffer]) -> None:
         received = self._decode(peer, frames)
@@ -244,21 +236,12 @@ class Links:
             error.node = peer.worker
             raise
 
-    def _drain_line(self) -> None:
-        socket = self._line.socket
-        if socket is None:
-            return
-        for _ in range(DRAIN):
-            self._take_from_coordinator([frame.buffer for frame in receive_now(socket)])
-            if not is_readable(socket):
-                return
-
     def _take_wake(self) -> None:
         self._waker.clear()
         self._is_woken = True
 
-    def _take_from_coordinator(self, frames: list[memoryview]) -> None:
-        found = read_line(frames)
+    def _take_from_coordinator(self, line: zmq.Socket[bytes]) -> None:
+        found = read_line([frame.buffer for frame in receive_now(line)])
         if isinstance(found, StepFrames):
             self._stash(Arrival(COORDINATOR, found.step, found.payload))
             return
@@ -300,6 +283,14 @@ class Links:
             self._mark(peer, is_linked=False)
             raise PeerLost(f"the connection to {peer.worker} broke", node=peer.worker, phase="link")
 
+    def _relay(self, target: WorkerId, frames: Sequence[Buffer]) -> None:
+        self._line.relay(target, frames)
+        self._touch_line()
+
+    def _touch_line(self) -> None:
+        if self._line.socket is not None:
+            self._watch.touch(self._line.socket)
+
     def _mark(self, peer: Peer, *, is_linked: bool) -> None:
         peer.is_linked = is_linked
         self._is_linking = any(not other.is_linked for other in self._peers.values())
@@ -320,9 +311,10 @@ class Links:
         frames: list[Buffer] = encode(LinkHello(worker=self._line.own, epoch=self.epoch))
         try:
             if peer.dealer is not None:
+                self._watch.touch(peer.dealer)
                 send_now(peer.dealer, frames)
             elif self._line.is_up:
-                self._line.relay(peer.worker, frames)
+                self._relay(peer.worker, frames)
             else:
                 return
         except zmq.Again:  # not connected yet
@@ -338,14 +330,16 @@ class Links:
         self._refresh()
 
     def _refresh(self) -> None:
-        takers: dict[Any, Callable[[], None]] = {self._listener: self._drain_listener}
-        monitors: dict[Any, Callable[[], None]] = {self._monitor: self._take_listener_event}
+        takers: dict[Any, Callable[[], None]] = {
+            self._listener: self._take_from_listener,
+            self._monitor: self._take_listener_event,
+        }
         if self._line.socket is not None:
-            takers[self._line.socket] = self._drain_line
+            takers[self._line.socket] = partial(self._take_from_coordinator, self._line.socket)
         for peer in self._peers.values():
             if peer.dealer is not None:
-                takers[peer.dealer] = partial(self._drain_dealer, peer)
+                takers[peer.dealer] = partial(self._take_from_dealer, peer, peer.dealer)
             if peer.monitor is not None:
-                monitors[peer.monitor] = partial(self._take_dealer_event, peer)
-        self._watch.watch(takers, monitors)
-        self._takers = {**takers, **monitors, self._waker: self._take_wake}
+                takers[peer.monitor] = partial(self._take_dealer_event, peer, peer.monitor)
+        self._watch.watch(takers)
+        self._takers = {**takers, self._waker: self._take_wake}

@@ -19,7 +19,7 @@ from protocol.frames import Buffer
 from protocol.ids import WorkerId
 from protocol.messages import Partial, Sum
 from protocol.plans import Plan
-from runtime.reduce import from_wire, sum_partials, to_wire
+from runtime.reduce import Part, add_parts, from_wire, sum_partials, to_wire
 from runtime.tensors import dtype_of
 from worker.collector import Collector, Operation
 
@@ -66,8 +66,9 @@ class Star:
         self._device = device
         attention = frozenset(rank for rank, share in enumerate(stage.members) if len(share.groups))
         ffn = frozenset(rank for rank, share in enumerate(stage.members) if len(share.ffn))
-        self._ranks_of_parity = (attention, ffn)
-        self._activations = dtype_of(plan.model.activations)
+        self._ranks_of_parity = (attention - {self._rank}, ffn - {self._rank})
+        self._activations, self._wire = dtype_of(plan.model.activations), dtype_of(plan.wire)
+        self._is_plain = device.type == "cpu" and self._wire is self._activations  # what comes in can be computed on
         self.num_ops = 0
         self.num_bytes = 0
 
@@ -81,34 +82,33 @@ class Star:
             total_TD = sum_partials([own_TD], self._plan.wire)
             self.num_ops += 1
             return total_TD.to(self._activations)
-        if own_TD is not None:
-            own_TD = own_TD.to("cpu", dtype_of(self._plan.wire))
+        if own_TD is not None and not (own_TD.is_cpu and own_TD.dtype is self._wire):
+            own_TD = own_TD.to("cpu", self._wire)
         if self._rank == self._hub:
             total_TD = self._gather(Operation(step, op), shape, own_TD)
         else:
             total_TD = self._ask_hub(Operation(step, op), shape, own_TD)
         self.num_ops += 1
-        return total_TD.to(self._device, self._activations)
+        return total_TD if self._is_plain else total_TD.to(self._device, self._activations)
 
     def _gather(self, operation: Operation, shape: tuple[int, int], own_TD: Tensor | None) -> Tensor:
-        ranks = self._ranks_of_parity[operation.op % 2] - {self._rank}
-        collector: Collector[Tensor] = Collector(operation, ranks)
+        collector: Collector[Part] = Collector(operation, self._ranks_of_parity[operation.op % 2])
         while not collector.is_complete:
-            frame = self._next(operation, tuple(self._members[rank] for rank in collector.missing))
+            frame = self._post.next_star_frame(self._timeout_s)
+            if frame is None:
+                raise self._silence(operation, tuple(self._members[rank] for rank in collector.missing))
             message = frame.message
             if not isinstance(message, Partial):
                 raise self._violation(frame, "sent a sum to the hub")
             if not (0 <= message.rank < len(self._members)) or self._members[message.rank] != frame.sender:
                 raise self._violation(frame, f"claims rank {message.rank}")
-            part = self._tensor(frame, shape)
-            collector.add(Operation(message.step, message.op), message.rank, part)
-        parts = collector.in_rank_order(self._rank, own_TD)
-        total_TD = sum_partials(parts, self._plan.wire)
+            self._check(frame, shape)
+            collector.add(Operation(message.step, message.op), message.rank, frame.payload)
+        payload = add_parts(collector.in_rank_order(self._rank, own_TD), self._plan.wire, shape)
         message = Sum(epoch=self._plan.epoch, step=operation.step, op=operation.op, format=self._plan.wire)
-        payload = to_wire(total_TD, self._plan.wire)
         self._post.send(self._others, message, payload)
         self.num_bytes += len(payload) * len(self._others)
-        return total_TD
+        return from_wire(payload, self._plan.wire, shape)
 
     def _ask_hub(self, operation: Operation, shape: tuple[int, int], own_TD: Tensor | None) -> Tensor:
         hub, plan = self._members[self._hub], self._plan
@@ -117,7 +117,9 @@ class Star:
             payload = to_wire(own_TD, plan.wire)
             self._post.send((hub,), message, payload)
             self.num_bytes += len(payload)
-        frame = self._next(operation, (hub,))
+        frame = self._post.next_star_frame(self._timeout_s)
+        if frame is None:
+            raise self._silence(operation, (hub,))
         if not isinstance(frame.message, Sum) or frame.sender != hub:
             raise self._violation(frame, f"sent a {type(frame.message).__name__} where the hub's sum was due")
         if (frame.message.step, frame.message.op) != operation:
@@ -126,29 +128,25 @@ class Star:
                 f"sent the sum of op {frame.message.op} in step {frame.message.step}, due was op {operation.op} in "
                 f"step {operation.step}",
             )
-        return self._tensor(frame, shape)
+        self._check(frame, shape)
+        return from_wire(frame.payload, plan.wire, shape)
 
-    def _next(self, operation: Operation, awaited: tuple[WorkerId, ...]) -> StarFrame:
-        frame = self._post.next_star_frame(self._timeout_s)
-        if frame is None:
-            raise DeadlineExceeded(
-                f"{', '.join(awaited)} sent nothing for op {operation.op} of step {operation.step} within "
-                f"{self._timeout_s:g} s",
-                node=awaited[0],
-                phase="reduce",
-            )
-        return frame
-
-    def _tensor(self, frame: StarFrame, shape: tuple[int, int]) -> Tensor:
+    def _check(self, frame: StarFrame, shape: tuple[int, int]) -> None:
+        """Take nothing that is not the plan's wire, or too short or long; says who sent it."""
         if frame.message.format is not self._plan.wire:
             raise self._violation(frame, f"sent {frame.message.format}, the plan's wire is {self._plan.wire}")
-        try:
-            tensor = from_wire(frame.payload, self._plan.wire, shape)
-        except ProtocolViolation as error:
-            error.node = frame.sender
-            raise
-        self.num_bytes += len(frame.payload)
-        return tensor
+        num_bytes = shape[0] * shape[1] * self._wire.itemsize
+        if frame.payload.nbytes != num_bytes:
+            raise self._violation(frame, f"sent {frame.payload.nbytes} bytes, {num_bytes} are the {list(shape)} due")
+        self.num_bytes += num_bytes
+
+    def _silence(self, operation: Operation, awaited: tuple[WorkerId, ...]) -> DeadlineExceeded:
+        return DeadlineExceeded(
+            f"{', '.join(awaited)} sent nothing for op {operation.op} of step {operation.step} within "
+            f"{self._timeout_s:g} s",
+            node=awaited[0],
+            phase="reduce",
+        )
 
     def _violation(self, frame: StarFrame, what: str) -> ProtocolViolation:
         return ProtocolViolation(f"{frame.sender} {what}", node=frame.sender, phase="reduce")

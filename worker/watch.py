@@ -1,18 +1,18 @@
 """Waits until one of a worker's data sockets can be read from, or its waker has been rung.
 
-Knows nothing of what arrives. `zmq_poll` asks every socket twice and makes two system calls a wait; between two sums
-that is a tenth of the time, so this sleeps on the sockets' descriptors instead.
+Knows nothing of what arrives. `zmq_poll` asks every socket twice and makes two system calls a wait; that is a tenth of
+the time of a small sum, so this sleeps on the sockets' descriptors and asks only those that may have something.
 
-A ZeroMQ descriptor tells of a change only once, and any call on its socket takes the news (zmq_getsockopt(3), ZMQ_FD).
-Hence the rule kept here: sockets that are sent on are asked for their events before every sleep; sockets that are only
-read from (monitors) are asked from the moment their descriptor speaks until they have nothing more to tell.
+A ZeroMQ descriptor tells of a change once, and any call on its socket may take the news (zmq_getsockopt(3), ZMQ_FD).
+Hence the rule: a socket is asked from the moment its descriptor spoke, or `touch` said that it was used, until it has
+nothing to tell. Nobody sleeps long without asking all, so a touch forgotten costs time, never a message.
 """
 
 from __future__ import annotations
 
 import selectors
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import zmq
 
@@ -21,12 +21,8 @@ from worker.waker import Waker
 POLLIN: Final = int(zmq.POLLIN)
 EVENTS: Final = int(zmq.EVENTS)
 DESCRIPTOR: Final = int(zmq.FD)
-LOOK_EVERY: Final = 64  # waits that end without a sleep, until the descriptors are looked at all the same
-
-
-def is_readable(socket: zmq.Socket[Any]) -> bool:
-    """Whether a message waits; cheaper than to try and be told so by an exception."""
-    return bool(socket.get(EVENTS) & POLLIN)
+LOOK_EVERY: Final = 64  # waits that end without a sleep, until all descriptors are looked at all the same
+SLEEP_MOST_S: Final = 0.5
 
 
 class Watch:
@@ -36,41 +32,52 @@ class Watch:
         self._waker = waker
         self._selector = selectors.DefaultSelector()
         self._sockets: list[zmq.Socket[Any]] = []
-        self._telling: list[zmq.Socket[Any]] = []
+        self._asked: list[zmq.Socket[Any]] = []
         self._awake = 0
 
-    def watch(self, sockets: Iterable[zmq.Socket[Any]], monitors: Iterable[zmq.Socket[Any]]) -> None:
-        """From now on wait for these and no others; `monitors` must never be sent on."""
+    def watch(self, sockets: Iterable[zmq.Socket[Any]]) -> None:
+        """From now on wait for these and no others."""
         self._selector.close()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._waker.fileno(), selectors.EVENT_READ, self._waker)
-        self._sockets, self._telling = list(sockets), list(monitors)
-        for socket in (*self._sockets, *self._telling):
-            self._selector.register(socket.get(DESCRIPTOR), selectors.EVENT_READ, socket)
+        self._sockets = list(sockets)
+        self._asked = list(self._sockets)
+        for socket in self._sockets:
+            self._selector.register(cast(int, socket.get(DESCRIPTOR)), selectors.EVENT_READ, socket)
+
+    def touch(self, socket: zmq.Socket[Any]) -> None:
+        """Say that a socket was sent on, or asked for anything."""
+        if socket not in self._asked:
+            self._asked.append(socket)
 
     def readable(self, timeout_s: float) -> list[Any]:
-        """Return the sockets with something to read, and the waker when it was rung.
+        """Return the sockets with a message to read, and the waker when it was rung.
 
-        The list may be empty before `timeout_s` is over: a descriptor also speaks of a connection made or lost.
+        The list may be empty before `timeout_s` is over: descriptors also speak of connections made and lost.
         """
-        ready = [socket for socket in self._sockets if is_readable(socket)]
-        if self._telling:
-            self._telling = [monitor for monitor in self._telling if is_readable(monitor)]
-            ready += self._telling
+        ready: list[Any] = [socket for socket in self._asked if _has_message(socket)]
+        self._asked = ready[:]
         self._awake += 1
         if ready and self._awake < LOOK_EVERY:
             return ready
         self._awake = 0
-        for key, _ in self._selector.select(0 if ready else max(0.0, timeout_s)):
-            spoke = key.data
-            if spoke is self._waker:
-                ready.append(spoke)
-            elif spoke not in ready and is_readable(spoke):
-                ready.append(spoke)
-                if spoke not in self._sockets:
-                    self._telling.append(spoke)
+        spoke = self._selector.select(0.0 if ready else min(max(0.0, timeout_s), SLEEP_MOST_S))
+        if not spoke and not ready:
+            self._asked = list(self._sockets)
+        for key, _ in spoke:
+            item = key.data
+            if item is self._waker:
+                ready.append(item)
+            elif item not in ready and _has_message(item):
+                ready.append(item)
+                self._asked.append(item)
         return ready
 
     def close(self) -> None:
         """Give the descriptors back; the sockets stay open."""
         self._selector.close()
+
+
+def _has_message(socket: zmq.Socket[Any]) -> bool:
+    """Ask for events: cheaper than to try and be told by an exception."""
+    return bool(cast(int, socket.get(EVENTS)) & POLLIN)
