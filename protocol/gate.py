@@ -92,6 +92,7 @@ class Gate:
         while True:
             ready = dict(poller.poll())
             if stopped.fileno() in ready:
+                questions.unbind(ZAP_ENDPOINT)  # closing alone gives the name back later, too late for the next gate
                 return
             questions.send_multipart(self._answer(questions.recv_multipart()))
 
