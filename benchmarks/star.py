@@ -12,6 +12,7 @@ import socket
 import statistics
 import struct
 import time
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -29,6 +30,8 @@ from worker.star import Star, StarFrame
 
 ROUNDS = 3000
 WARM = 300
+PROCESSES = multiprocessing.get_context("forkserver")  # torch is imported once, not by every member anew
+PROCESSES.set_forkserver_preload(["worker.links", "worker.star"])
 
 
 def plan_of(members: int, values: int) -> Plan:
@@ -52,9 +55,9 @@ class Post:
     def __init__(self, links: Links) -> None:
         self._links = links
 
-    def send(self, target: WorkerId, message: object, payload: Buffer | None) -> None:
-        """Send to a member."""
-        self._links.send(target, message, payload)
+    def send(self, targets: Sequence[WorkerId], message: object, payload: Buffer) -> None:
+        """Send to members."""
+        self._links.send(targets, message, payload)
 
     def next_star_frame(self, timeout_s: float) -> StarFrame | None:
         """Return the next part or sum."""
@@ -147,11 +150,10 @@ def _exactly(connection: socket.socket, count: int) -> bytes:
 
 def measure(target: Any, members: int, num_bytes: int) -> list[float]:
     """Run one star and return the hub's times in seconds."""
-    spawn = multiprocessing.get_context("spawn")
     pipes, children = [], []
     for rank in range(members):
-        here, there = spawn.Pipe()
-        child = spawn.Process(target=target, args=(rank, members, num_bytes // 4, there), daemon=True)
+        here, there = PROCESSES.Pipe()
+        child = PROCESSES.Process(target=target, args=(rank, members, num_bytes // 4, there), daemon=True)
         child.start()
         pipes.append(here)
         children.append(child)
