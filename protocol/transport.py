@@ -194,9 +194,14 @@ async def dial_first(  # noqa: PLR0917  those of `dial`, and what to say
     finally:
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        for attempt in attempts:
-            attempt.close(keep=attempt is kept)
+        try:
+            await asyncio.gather(*tasks, return_exceptions=True)
+        except asyncio.CancelledError:  # nobody is there any more to take the socket that answered
+            kept = None
+            raise
+        finally:
+            for attempt in attempts:
+                attempt.close(keep=attempt is kept)
     if kept is None or kept.socket is None:
         raise _nobody_answered(attempts, timeout_s)
     return kept.socket, kept.answer

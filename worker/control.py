@@ -138,7 +138,7 @@ class Control:
                 _log.warning("the compute thread is still busy; it ends with the process")
             self._store.close()
             self._identity.close()
-            self._context.term()
+            self._context.destroy(linger=0)  # not term: one socket forgotten would hold the process for ever
 
     # ------------------------------------------------------------ being connected
 
