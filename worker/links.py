@@ -36,7 +36,7 @@ from worker.coordinator_line import CoordinatorLine, StepFrames, read_line
 from worker.peer import Peer
 from worker.sending import MAX_FRAME_BYTES, receive_now, send_now, send_within
 from worker.waker import Waker
-from worker.watch import Watch
+from worker.watch import Watch, has_message
 from worker.wire import pack_data, unpack_data
 
 MAX_STASHED: Final = 1024
@@ -206,6 +206,7 @@ class Links:
             self.num_dropped += 1  # a newer epoch: it says hello again, and we shall know it by then
             return
         if peer is not None and is_ours and not is_probe:
+            self._take_listener_events()  # descriptors come again: hear first what became of this one's last owner
             peer.route, peer.descriptor = route, descriptor
             self._mark(peer, is_linked=True)
         frames = encode(LinkWelcome(worker=self._line.own, epoch=hello.epoch))
@@ -272,11 +273,13 @@ class Links:
         else:
             self._arrivals.append(arrival)
 
-    def _take_listener_event(self) -> None:
-        event = recv_monitor_message(self._monitor)
-        for peer in self._peers.values():
-            if peer.mode is LinkMode.LISTEN and peer.is_linked and peer.descriptor == event["value"]:
-                self._broken(peer)
+    def _take_listener_events(self) -> None:
+        self._watch.touch(self._monitor)
+        while has_message(self._monitor):
+            event = recv_monitor_message(self._monitor)
+            for peer in self._peers.values():
+                if peer.mode is LinkMode.LISTEN and peer.is_linked and peer.descriptor == event["value"]:
+                    self._broken(peer)
 
     def _broken(self, peer: Peer) -> None:
         if peer.is_linked:
@@ -332,7 +335,7 @@ class Links:
     def _refresh(self) -> None:
         takers: dict[Any, Callable[[], None]] = {
             self._listener: self._take_from_listener,
-            self._monitor: self._take_listener_event,
+            self._monitor: self._take_listener_events,
         }
         if self._line.socket is not None:
             takers[self._line.socket] = partial(self._take_from_coordinator, self._line.socket)

@@ -55,7 +55,7 @@ class Watch:
 
         The list may be empty before `timeout_s` is over: descriptors also speak of connections made and lost.
         """
-        ready: list[Any] = [socket for socket in self._asked if _has_message(socket)]
+        ready: list[Any] = [socket for socket in self._asked if has_message(socket)]
         self._asked = ready[:]
         self._awake += 1
         if ready and self._awake < LOOK_EVERY:
@@ -68,7 +68,7 @@ class Watch:
             item = key.data
             if item is self._waker:
                 ready.append(item)
-            elif item not in ready and _has_message(item):
+            elif item not in ready and has_message(item):
                 ready.append(item)
                 self._asked.append(item)
         return ready
@@ -78,6 +78,6 @@ class Watch:
         self._selector.close()
 
 
-def _has_message(socket: zmq.Socket[Any]) -> bool:
+def has_message(socket: zmq.Socket[Any]) -> bool:
     """Ask for events: cheaper than to try and be told by an exception."""
     return bool(cast(int, socket.get(EVENTS)) & POLLIN)
