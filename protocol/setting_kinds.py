@@ -71,7 +71,10 @@ def _path(raw: Any) -> Path:
     text = _text(raw)
     if not text or "\0" in text:
         raise ValueError("it is empty or holds a NUL")
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # "~somebody" whom this machine does not know
+        raise ValueError(f"its home folder is not known: {error}") from error
 
 
 def _texts(raw: Any) -> tuple[str, ...]:

@@ -222,6 +222,12 @@ def test_any_text_is_a_value_or_config_invalid(name: str, text: str) -> None:
         tomllib.loads(render(result))
 
 
+def test_a_home_that_is_not_known_is_told() -> None:
+    name = next(one.name for one in describe(WorkerConfig) if one.kind == "path")
+    with pytest.raises(ConfigInvalid, match="home folder"):
+        loaded({name: "~nobody-of-this-name/x"})
+
+
 # ---------------------------------------------------------------- sizes
 
 
