@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from protocol.batches import Sampling
-from protocol.ids import RequestId, SessionId
+from protocol.ids import RequestId, SessionId, WorkerId
 from protocol.message_table import (
     MAX_PROMPT_BYTES,
     MAX_STATUS_BYTES,
@@ -19,6 +19,7 @@ from protocol.message_table import (
 )
 from protocol.message_values import (
     FinishReason,
+    Leg,
     PromptKind,
     Timings,
     TokenId,
@@ -30,7 +31,10 @@ from protocol.schema import Count, Text, Within
 @message(40, U, C, reply="Accepted, Piece, Waiting, Finished or ErrorReport", payload_bytes=MAX_PROMPT_BYTES)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generate:
-    """Continue the prompt in the payload. `request` is the client's own name for it, unique to that client."""
+    """Continue the prompt in the payload. `request` is the client's name for it: the same name is the same request.
+
+    Said again, as after a lost connection, it is `Resume` from the beginning.
+    """
 
     request: Annotated[RequestId, Within(1, 64)]
     prompt_kind: PromptKind
@@ -79,6 +83,7 @@ class Finished:
     reason: FinishReason
     usage: Usage
     timings: Timings
+    legs: Annotated[tuple[Leg, ...], Within(0, 64)] = ()  # who computed it; the latest, should there be more
 
 
 @message(45, U, C, reply="Finished")
@@ -115,3 +120,29 @@ class Invitation:
     """A join link with a fresh one-time token."""
 
     link: Text
+
+
+@message(50, U, C, reply="Accepted, Piece, Waiting, Finished or ErrorReport")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resume:
+    """Go on with a stream on this connection: I have its first `tokens` tokens and `chars` characters of text."""
+
+    request: Annotated[RequestId, Within(1, 64)]
+    tokens: Count
+    chars: Count
+
+
+@message(51, U, C, reply="Draining or ErrorReport")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drain:
+    """Let this worker hand over what it does and leave."""
+
+    worker: Annotated[WorkerId, Within(1, 64)]
+
+
+@message(52, C, U)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draining:
+    """The worker will leave; `status` says when it is gone."""
+
+    worker: WorkerId

@@ -22,7 +22,11 @@ from protocol.message_table import (
 )
 from protocol.message_values import (
     Addresses,
+    Carry,
     DeviceProfile,
+    HeldKv,
+    Holder,
+    KvMove,
     LinkOrder,
     Peer,
     Period,
@@ -108,6 +112,7 @@ class Hello:
     data_addresses: Addresses
     epoch: Epoch
     phase: WorkerPhase
+    tile_addresses: Addresses = ()  # where other workers fetch tiles from it; none: it serves none
 
 
 @message(5, U, C, reply="Welcome")
@@ -151,6 +156,7 @@ class Heartbeat:
     stalled_s: Seconds = 0.0  # time the compute thread stood waiting for the window
     computing_s: Seconds = 0.0  # time the compute thread spent on steps, waiting included
     steps: Count = 0  # computed under this plan
+    paused: Text = ""  # why its owner does not want it to compute now; empty: it may
 
 
 @message(8, C, {W, H})
@@ -198,6 +204,11 @@ class Load:
 
     plan: Plan
     links: Annotated[tuple[LinkOrder, ...], Within(0, 256)]
+    carries: Annotated[tuple[Carry, ...], Within(0, 1024)] = ()  # sessions that go on; others are over
+    gives: Annotated[tuple[KvMove, ...], Within(0, 256)] = ()  # send these keys and values once, of all carries
+    takes: Annotated[tuple[KvMove, ...], Within(0, 256)] = ()  # wait for these before you say Loaded
+    mirrors: Annotated[tuple[KvMove, ...], Within(0, 256)] = ()  # keep these peers' copies up to date, step by step
+    holders: Annotated[tuple[Holder, ...], Within(0, 256)] = ()  # fetch tiles from these first
 
 
 @message(13, {W, H}, C)
@@ -224,6 +235,7 @@ class Loaded:
     predicted_bytes: NumBytes = 0  # what this process will hold at most under this plan
     pinned_bytes: NumBytes = 0  # weights that stay in memory
     window_bytes: NumBytes = 0  # slots that the other weights flow through
+    held: Annotated[tuple[HeldKv, ...], Within(0, 1024)] = ()  # of the carries; one that is not named is not held
 
 
 @message(15, C, {W, H})
@@ -253,7 +265,31 @@ class Fault:
     lost: Annotated[str, Within(0, 64)] = ""  # the neighbour whose link broke, when that is the reason
 
 
-@message(20, {W, H}, C, reply="TileChunk")
+@message(18, C, {W, H}, reply="Stocked", payload_bytes=MAX_MANIFEST_BYTES)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stock:
+    """Have these tiles on disk, beside the running work: for a plan to come, or should a neighbour be lost.
+
+    Payload: their manifest lines. A newer order takes the place of an older one.
+    """
+
+    order: Count
+    holders: Annotated[tuple[Holder, ...], Within(0, 256)] = ()
+
+
+@message(19, {W, H}, C)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stocked:
+    """How far a `Stock` order has come; `is_over` when nothing more will be fetched for it, `error` if that is why."""
+
+    order: Count
+    done_bytes: NumBytes
+    total_bytes: NumBytes
+    is_over: bool = False
+    error: Text = ""
+
+
+@message(20, {W, H}, {C, W, H}, reply="TileChunk")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TileRequest:
     """Ask for bytes `[offset, offset + length)` of a tile, by its hash."""
@@ -263,10 +299,29 @@ class TileRequest:
     length: Annotated[int, Within(1, MAX_TILE_CHUNK_BYTES)]
 
 
-@message(21, C, {W, H}, payload_bytes=MAX_TILE_CHUNK_BYTES)
+@message(21, {C, W, H}, {W, H}, payload_bytes=MAX_TILE_CHUNK_BYTES)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TileChunk:
     """Bytes of a tile from `offset`; payload: the bytes."""
 
     digest: Digest
     offset: NumBytes
+
+
+# ---------------------------------------------------------------- leaving
+
+
+@message(22, {W, H}, C, reply="Goodbye")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaveAsk:
+    """The worker wants to end: hand over what it does, then let it go."""
+
+    reason: Text = ""
+
+
+@message(23, C, {W, H})
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Goodbye:
+    """Nothing depends on you any more: you may end."""
+
+    reason: Text = ""

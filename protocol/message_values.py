@@ -11,7 +11,8 @@ from typing import Annotated
 
 from protocol.batches import Sampling, SessionRows
 from protocol.ids import SessionId, WorkerId
-from protocol.schema import Count, Name, NumBytes, PublicKey, Seconds, Text, Within
+from protocol.schema import Count, Epoch, Name, NumBytes, PublicKey, Seconds, Text, Within
+from protocol.specs import Span
 
 Addresses = Annotated[tuple[Text, ...], Within(0, 16)]
 Version = Annotated[int, Within(1, 10_000)]
@@ -72,10 +73,74 @@ class LinkOrder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionSampling:
-    """Tells the head how a new session samples."""
+    """Tells the head how a session samples that it meets for the first time under this epoch.
+
+    `history`: ids of the session's log before its first row; they stand in the step's payload before all rows.
+    """
 
     session: SessionId
     sampling: Sampling
+    history: Count = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cells:
+    """Tiles of attention, or the keys and values that belong to them: these KV-head groups in each of these layers."""
+
+    layers: Span
+    groups: Span
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Carry:
+    """A session that goes on under a new plan: its place there, and how many positions were computed before."""
+
+    session: SessionId
+    at: Count
+    capacity: Annotated[int, Within(1, 2**31 - 1)]
+    computed: Count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvMove:
+    """Keys and values that travel between this worker and a peer; the message says which way."""
+
+    peer: WorkerId
+    cells: Cells
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldKv:
+    """How many positions of a carried session, from its beginning, a worker has for all of its cells."""
+
+    session: SessionId
+    positions: Count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holder:
+    """A worker that has the tiles of this share on its disk; `peer.addresses` are those of its tile server."""
+
+    peer: Peer
+    layers: Span
+    groups: Span
+    ffn: Span
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leg:
+    """A part of an answer that was computed under one plan: from token number `start` of the answer on.
+
+    `stages`: one line each, layers and members. `repeated`: positions that had to be computed again when it began;
+    `cause`: why the plan before ended.
+    """
+
+    epoch: Epoch
+    start: Count
+    words: Name
+    stages: Annotated[tuple[Text, ...], Within(0, 128)]
+    repeated: Count = 0
+    cause: Text = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

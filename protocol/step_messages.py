@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from protocol.ids import WorkerId
+from protocol.ids import SessionId, WorkerId
 from protocol.message_table import (
     MAX_PROMPT_BYTES,
     MAX_TENSOR_BYTES,
@@ -18,6 +18,7 @@ from protocol.message_table import (
     message,
 )
 from protocol.message_values import (
+    Cells,
     Rows,
     SampledToken,
     SessionSampling,
@@ -30,7 +31,10 @@ from protocol.specs import ActivationFormat
 @message(30, C, H, reply="StepDone", payload_bytes=MAX_PROMPT_BYTES)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """Compute these rows. Payload: one little-endian int32 token id a row, in order. `opens`: sessions new here."""
+    """Compute these rows. `opens`: sessions that the head does not know under this epoch.
+
+    Payload, little-endian int32 token ids: the histories of `opens`, in order, then one id a row.
+    """
 
     epoch: Epoch
     step: StepId
@@ -100,6 +104,22 @@ class LinkWelcome:
 
     worker: WorkerId
     epoch: Epoch
+
+
+@message(38, {W, H}, {W, H}, payload_bytes=MAX_TENSOR_BYTES)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvRows:
+    """Keys and values of a session's positions `[start, start + count)` in one layer, for a peer that keeps a copy.
+
+    Payload: `[2, groups, count, head_dim]` in the plan's activation format, keys first. `count` 0: no more will come
+    of what was to be given.
+    """
+
+    epoch: Epoch
+    session: SessionId
+    cells: Cells
+    start: Count
+    count: Count
 
 
 @message(37, {C, W, H}, {C, W, H})

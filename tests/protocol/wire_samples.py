@@ -1,7 +1,7 @@
 """One sample of every message, used both ways by the tests of the wire.
 
-`PYTHONPATH=. python tests/protocol/wire_samples.py` adds the frames of messages that golden_frames.json does not have
-yet; it never changes one that stands there: an old peer still sends it.
+`PYTHONPATH=. python tests/protocol/wire_samples.py` adds to golden_frames.json the frames of messages that are new or
+have gained a field; it never changes one that stands there: an old peer still sends it.
 """
 
 from __future__ import annotations
@@ -119,6 +119,11 @@ SAMPLES: tuple[object, ...] = (
     m.Unload(epoch=3, reason="beta left"),
     m.Release(sessions=(SESSION, SessionId(8))),
     m.Fault(epoch=3, error=REPORT, lost="beta"),
+    m.Stock(order=4, holders=(m.Holder(peer=PEER, layers=Span(0, 2), groups=Span(0, 1), ffn=Span(0, 3)),)),
+    m.Stocked(order=4, done_bytes=10, total_bytes=20, is_over=True, error="the disk is full"),
+    m.LeaveAsk(reason="SIGTERM"),
+    m.Goodbye(reason="handed over"),
+    m.KvRows(epoch=3, session=SESSION, cells=m.Cells(layers=Span(1, 2), groups=Span(0, 2)), start=5, count=3),
     m.TileRequest(digest=DIGEST, offset=1024, length=2**20),
     m.TileChunk(digest=DIGEST, offset=1024),
     m.Step(epoch=3, step=2**53, rows=ROWS, opens=(m.SessionSampling(session=SESSION, sampling=SAMPLING),)),
@@ -146,6 +151,9 @@ SAMPLES: tuple[object, ...] = (
         usage=m.Usage(prompt_tokens=11, completion_tokens=20),
         timings=m.Timings(queued_s=0.1, first_token_s=0.4, total_s=2.5),
     ),
+    m.Resume(request=REQUEST, tokens=12, chars=40),
+    m.Drain(worker=BETA),
+    m.Draining(worker=BETA),
     m.Cancel(request=REQUEST),
     m.StatusRequest(),
     m.StatusReport(),
@@ -160,13 +168,18 @@ def name_of(message: object) -> str:
 
 
 def add_missing() -> list[str]:
-    """Add frames of messages that have none yet; return their names."""
+    """Add frames of messages that have none yet or have gained a field; return the names they stand under."""
     golden = json.loads(GOLDEN_FILE.read_text(encoding="utf-8")) if GOLDEN_FILE.exists() else {}
-    missing = [message for message in SAMPLES if name_of(message) not in golden]
-    for message in missing:
-        golden[name_of(message)] = bytes(encode(message)[0]).hex()
+    added = []
+    for message in SAMPLES:
+        versions = [name for name in golden if name.split("@")[0] == name_of(message)]
+        frame = bytes(encode(message)[0]).hex()
+        if not versions or golden[versions[-1]] != frame:
+            name = f"{name_of(message)}@{len(versions) + 1}" if versions else name_of(message)
+            golden[name] = frame
+            added.append(name)
     GOLDEN_FILE.write_text(json.dumps(golden, indent=2) + "\n", encoding="utf-8")
-    return [name_of(message) for message in missing]
+    return added
 
 
 if __name__ == "__main__":
