@@ -82,7 +82,7 @@ class KvCache:
             self._require_history(part)
         for part in rows:
             if part.start == 0:
-                self._open(part)
+                self._open(part.session, part.at, part.capacity)
         for part in rows:
             self._sessions[part.session].length = part.start
         return tuple(self._sessions[part.session] for part in rows)
@@ -95,18 +95,25 @@ class KvCache:
                 raise SessionLost(f"session {part.session} changed during its own step")
             kv.length = part.start + part.count
 
+    def restore(self, session: SessionId, *, at: int, capacity: int, length: int) -> SessionKv:
+        """Open a session that was computed before, elsewhere or under another plan, with `length` valid positions.
+
+        Its rows are the caller's to write, before the next step. Raises Overloaded as `begin` does.
+        """
+        if not 0 <= length <= capacity:
+            raise SessionLost(f"session {session} is said to have {length} positions of {capacity}")
+        self._require_place(session, at, capacity)
+        kv = self._open(session, at, capacity)
+        kv.length = length
+        return kv
+
     def release(self, session: SessionId) -> None:
         """Forget a session; one that is not here is no error (the release may arrive twice)."""
         self._sessions.pop(session, None)
 
     def _require_history(self, part: SessionRows) -> None:
         if part.start == 0:
-            if part.at + part.capacity > self.positions:
-                raise Overloaded(
-                    f"session {part.session} is placed at [{part.at}, {part.at + part.capacity}), "
-                    f"the KV cache has {self.positions} positions",
-                    remedy="lower max_tokens, or raise --kv-positions",
-                )
+            self._require_place(part.session, part.at, part.capacity)
             return
         kv = self._sessions.get(part.session)
         if kv is None:
@@ -120,9 +127,17 @@ class KvCache:
                 remedy="start it again from position 0 with the larger capacity",
             )
 
-    def _open(self, part: SessionRows) -> None:
-        end = part.at + part.capacity
-        for session, kv in list(self._sessions.items()):
-            if session == part.session or (kv.at < end and part.at < kv.at + kv.capacity):
-                del self._sessions[session]
-        self._sessions[part.session] = SessionKv(self._keys_LGPd, self._values_LGPd, part.at, part.capacity)
+    def _require_place(self, session: SessionId, at: int, capacity: int) -> None:
+        if at + capacity > self.positions:
+            raise Overloaded(
+                f"session {session} is placed at [{at}, {at + capacity}), the KV cache has {self.positions} positions",
+                remedy="lower max_tokens, or raise --kv-positions",
+            )
+
+    def _open(self, session: SessionId, at: int, capacity: int) -> SessionKv:
+        end = at + capacity
+        for other, kv in list(self._sessions.items()):
+            if other == session or (kv.at < end and at < kv.at + kv.capacity):
+                del self._sessions[other]
+        found = self._sessions[session] = SessionKv(self._keys_LGPd, self._values_LGPd, at, capacity)
+        return found

@@ -6,10 +6,11 @@ Knows nothing of queues or threads.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from protocol.errors import ManyhandsError
 from protocol.ids import SessionId, WorkerId
-from protocol.messages import LinkOrder
+from protocol.messages import Carry, HeldKv, KvMove, LinkOrder
 from protocol.plans import Plan
 from protocol.tiles import TileEntry
 
@@ -25,11 +26,25 @@ class Attach:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KvOrders:
+    """What becomes of keys and values under a new plan, as `Load` says it."""
+
+    carries: tuple[Carry, ...] = ()
+    gives: tuple[KvMove, ...] = ()
+    takes: tuple[KvMove, ...] = ()
+    mirrors: tuple[KvMove, ...] = ()
+
+
+NO_ORDERS: Final = KvOrders()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Begin:
-    """Drop the plan before and make the links of this one."""
+    """End the plan before and make the links of this one."""
 
     plan: Plan
     links: tuple[LinkOrder, ...]
+    kv: KvOrders = NO_ORDERS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +90,7 @@ class Ready:
     predicted_bytes: int = 0
     pinned_bytes: int = 0
     window_bytes: int = 0
+    held: tuple[HeldKv, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -67,7 +67,6 @@ from worker.state import (
     Event,
     Fetched,
     FetchFailed,
-    Ordered,
     Silent,
     StartFetch,
     StartLoad,
@@ -77,6 +76,7 @@ from worker.state import (
     Unloaded,
     Welcomed,
     WorkerState,
+    ordered_by,
 )
 from worker.store import TileStore
 
@@ -243,7 +243,7 @@ class Control:
             case Probe():
                 self._spawn(self._answer_probe(connection, message))
             case Load():
-                self._apply(Ordered(plan=message.plan, links=message.links, entries=unpack_manifest(payload)))
+                self._apply(ordered_by(message, unpack_manifest(payload)))
             case Unload():
                 _log.info("epoch %d is over: %s", message.epoch, message.reason)
                 self._apply(Unloaded(epoch=message.epoch))
@@ -270,9 +270,9 @@ class Control:
 
     def _carry_out(self, effect: Effect) -> None:
         match effect:
-            case BeginPlan(plan=plan, links=links):
+            case BeginPlan(plan=plan, links=links, kv=kv):
                 self._links.admit(order.peer.public_key for order in links)
-                self._executor.submit(Begin(plan=plan, links=tuple(map(self._best_first, links))))
+                self._executor.submit(Begin(plan=plan, links=tuple(map(self._best_first, links)), kv=kv))
             case StartFetch(epoch=epoch):
                 self._fetch = self._spawn(self._fetch_tiles(effect, self._fetch))
                 _log.info("epoch %d: %d tiles", epoch, len(effect.entries))

@@ -145,12 +145,16 @@ class Executor:
         """Send to the coordinator."""
         self._links.send_up(message)
 
+    def give_way(self) -> None:
+        """End what is under way when a command waits that is about another epoch."""
+        if self._num_urgent:
+            raise _Superseded
+
     def next_star_frame(self, timeout_s: float) -> StarFrame | None:
         """Return the next `Partial` or `Sum`; what else arrives waits for its turn."""
         deadline = time.monotonic() + timeout_s
         while True:
-            if self._num_urgent:
-                raise _Superseded
+            self.give_way()
             arrival = self._links.receive(deadline - time.monotonic())
             if arrival is None:
                 if time.monotonic() >= deadline:
@@ -259,11 +263,11 @@ class Executor:
         self._loaded_before, self._to_load_bytes = self._loaded_bytes, sum(entry.num_bytes for entry in entries)
 
         def read(num_bytes: int) -> None:
+            self.give_way()
             self._loaded_bytes += num_bytes
 
         def source(tile: TileId) -> memoryview:
-            if self._num_urgent:
-                raise _Superseded
+            self.give_way()
             if (arrival := self._links.receive(0)) is not None:  # neighbours say hello while this loads
                 self._keep(arrival)
             data = self._store.read(by_tile[tile])

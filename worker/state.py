@@ -16,10 +16,10 @@ from typing import Final
 
 from protocol.errors import ManyhandsError
 from protocol.ids import WorkerId
-from protocol.messages import ErrorReport, Fault, LinkOrder, Loaded, WorkerPhase
+from protocol.messages import ErrorReport, Fault, Holder, LinkOrder, Load, Loaded, WorkerPhase
 from protocol.plans import Plan
 from protocol.tiles import TileEntry
-from worker.commands import Failed, Ready, TilesSpoiled
+from worker.commands import NO_ORDERS, Failed, KvOrders, Ready, TilesSpoiled
 
 MAX_FETCHES: Final = 3
 
@@ -60,6 +60,8 @@ class Ordered:
     plan: Plan
     links: tuple[LinkOrder, ...]
     entries: tuple[TileEntry, ...]
+    kv: KvOrders = NO_ORDERS
+    holders: tuple[Holder, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,14 +108,16 @@ class BeginPlan:
 
     plan: Plan
     links: tuple[LinkOrder, ...]
+    kv: KvOrders = NO_ORDERS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartFetch:
-    """Fetch what is missing of these tiles, in place of any fetch under way."""
+    """Fetch what is missing of these tiles, from these holders if they can, in place of any fetch under way."""
 
     epoch: int
     entries: tuple[TileEntry, ...]
+    holders: tuple[Holder, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +157,12 @@ class End:
 Effect = BeginPlan | StartFetch | StopFetch | StartLoad | DropPlan | Tell | End
 
 
+def ordered_by(load: Load, entries: tuple[TileEntry, ...]) -> Ordered:
+    """Return the event of a `Load` whose payload is the manifest lines `entries`."""
+    kv = KvOrders(carries=load.carries, gives=load.gives, takes=load.takes, mirrors=load.mirrors)
+    return Ordered(plan=load.plan, links=load.links, entries=entries, kv=kv, holders=load.holders)
+
+
 class WorkerState:
     """The worker's side of forming; heartbeats tell `phase` and `epoch`, `worker` is its name once it is welcomed."""
 
@@ -163,6 +173,7 @@ class WorkerState:
         self._term = 0
         self.worker = WorkerId("")
         self._entries: tuple[TileEntry, ...] = ()
+        self._holders: tuple[Holder, ...] = ()
         self._num_fetches = 0
         self._fetched_bytes = 0
 
@@ -200,12 +211,12 @@ class WorkerState:
         effects: list[Effect] = [StopFetch()] if self.phase is Phase.FETCHING else []
         self.epoch = self._newest = event.plan.epoch
         self.phase = Phase.FETCHING
-        self._entries = event.entries
+        self._entries, self._holders = event.entries, event.holders
         self._num_fetches, self._fetched_bytes = 1, 0
         return [
             *effects,
-            BeginPlan(plan=event.plan, links=event.links),
-            StartFetch(epoch=self.epoch, entries=self._entries),
+            BeginPlan(plan=event.plan, links=event.links, kv=event.kv),
+            self._start_fetch(),
         ]
 
     def _advance(self, event: Fetched | FetchFailed | Ready | TilesSpoiled | Failed) -> list[Effect]:
@@ -220,7 +231,7 @@ class WorkerState:
                     return self._fail(error, "")
                 self._num_fetches += 1
                 self.phase = Phase.FETCHING
-                return [StartFetch(epoch=self.epoch, entries=self._entries)]
+                return [self._start_fetch()]
             case Ready() if self.phase is Phase.LOADING:
                 self.phase = Phase.READY
                 return [Tell(message=self._loaded(event))]
@@ -230,6 +241,9 @@ class WorkerState:
                 return self._fail(error, lost)
             case _:
                 return []
+
+    def _start_fetch(self) -> StartFetch:
+        return StartFetch(epoch=self.epoch, entries=self._entries, holders=self._holders)
 
     def _loaded(self, ready: Ready) -> Loaded:
         return Loaded(
@@ -241,6 +255,7 @@ class WorkerState:
             predicted_bytes=ready.predicted_bytes,
             pinned_bytes=ready.pinned_bytes,
             window_bytes=ready.window_bytes,
+            held=ready.held,
         )
 
     def _fail(self, error: ManyhandsError, lost: str) -> list[Effect]:
@@ -255,5 +270,5 @@ class WorkerState:
             effects.append(DropPlan(epoch=self.epoch))
         self.phase = Phase.IDLE
         self.epoch = 0
-        self._entries = ()
+        self._entries, self._holders = (), ()
         return effects

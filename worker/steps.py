@@ -39,6 +39,10 @@ class HeadPost(Post, Protocol):
         """Send to the coordinator; raises CoordinatorLost."""
         ...
 
+    def give_way(self) -> None:
+        """Called before each operation of a step; raises what ends the step when something else is due."""
+        ...
+
 
 class Work(NamedTuple):
     """Steps computed, and the seconds of this worker's part in them."""
@@ -96,9 +100,11 @@ class StepRunner:
                 phase="step",
             )
         ids = self._ids(step, payload)
-        for opened in step.opens:
-            self._streams[opened.session] = _Stream(opened.sampling)
         at = 0
+        for opened in step.opens:
+            self._streams[opened.session] = _Stream(opened.sampling, ids[at : at + opened.history])
+            at += opened.history
+        ids, at = ids[at:], 0
         for part in step.rows:
             self._append(part, ids[at : at + part.count])
             at += part.count
@@ -156,7 +162,12 @@ class StepRunner:
             self._post.send([share.worker for share in stage.members if share.worker != self._own], message, payload)
         count = num_rows(rows)
         began = self._clock()
-        hidden_TD = self._parts.stage.forward(hidden_TD, rows, lambda op, part: star.reduce(step, count, op, part))
+
+        def reduce(op: int, part_TD: Tensor | None) -> Tensor:
+            self._post.give_way()
+            return star.reduce(step, count, op, part_TD)
+
+        hidden_TD = self._parts.stage.forward(hidden_TD, rows, reduce)
         self._count(began, steps=1)
         if is_hub:
             self._hand_to(self._number + 1, step, rows, hidden_TD)
@@ -196,9 +207,10 @@ class StepRunner:
         stream.history += ids
 
     def _ids(self, step: Step, payload: memoryview) -> list[int]:
-        count = num_rows(step.rows)
-        if len(payload) != 4 * count:
-            raise FrameMalformed(f"Step: {len(payload)} bytes of token ids for {count} rows")
+        """Return the histories of `opens`, in order, then one id a row."""
+        count, known = num_rows(step.rows), sum(opened.history for opened in step.opens)
+        if len(payload) != 4 * (known + count):
+            raise FrameMalformed(f"Step: {len(payload)} bytes of token ids for {known} of histories and {count} rows")
         ids: list[int] = np.frombuffer(payload, dtype="<i4").tolist()
         return ids
 

@@ -168,3 +168,16 @@ def test_any_order_of_events_keeps_places_and_lengths(events):
         places = sorted((kv.at, kv.at + kv.capacity) for kv in cache._sessions.values())
         assert all(end <= at for (_, end), (at, _) in itertools.pairwise(places))
         assert cache.num_bytes <= cache.arena_bytes
+
+
+def test_a_restored_session_goes_on_where_it_was():
+    cache = make_cache()
+    step(cache, row(1, 0, 4))
+    cache.restore(SessionId(2), at=20, capacity=20, length=6)
+    step(cache, row(2, 6, 1))
+    step(cache, row(2, 3, 2))  # another worker held less of it
+    assert cache.lengths() == {1: 4, 2: 5}
+    with pytest.raises(Overloaded):
+        cache.restore(SessionId(3), at=90, capacity=20, length=1)
+    with pytest.raises(SessionLost, match="21 positions of 20"):
+        cache.restore(SessionId(3), at=40, capacity=20, length=21)

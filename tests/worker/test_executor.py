@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tiny_cluster import SPEC, TinyCluster, plan_of
 
+from protocol.batches import Sampling, SessionRows
+from protocol.ids import SessionId
 from protocol.plans import Plan
 from protocol.specs import Span
 
@@ -71,3 +75,32 @@ def test_any_split_gives_the_same_tokens(
     cluster.form(plan, lambda one, other: is_direct)
     assert cluster.greedy(plan, PROMPT, 12) == expected
     assert bool(cluster.relayed) is not is_direct
+
+
+def test_the_log_is_computed_again_under_a_plan_that_ended_a_step(
+    cluster: TinyCluster, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub waits for a part that never comes; the new plan ends that wait, and the log is computed again."""
+    for name in "ab":
+        cluster.add(name)
+    both, alone = SPLITS["two equal-ish"], dataclasses.replace(ALONE, epoch=2)
+    cluster.form(both)
+    log = cluster.go_on(both, PROMPT, 5, capacity=40)
+    withheld = threading.Event()
+    monkeypatch.setattr(cluster.hands["b"].executor, "send", lambda *_: withheld.set())
+    cluster.step(both, 9, [SessionRows(session=SessionId(1), start=len(log) - 1, count=1, capacity=40)], log[-1:])
+    cluster.pump(withheld.is_set)
+    cluster.form(alone)
+    assert cluster.ready("a", 2).held == ()
+    assert cluster.go_on(alone, log, 7, capacity=40) == PROMPT + expected
+
+
+def test_a_head_that_is_new_learns_the_history(cluster: TinyCluster) -> None:
+    """A token that a repetition penalty forbids must be known to a head that never computed it."""
+    sampling = Sampling(repetition_penalty=100.0)
+    cluster.add("a")
+    cluster.form(ALONE)
+    log = cluster.go_on(ALONE, PROMPT, 12, capacity=40, sampling=sampling)
+    again = dataclasses.replace(ALONE, epoch=2)
+    cluster.form(again)
+    assert cluster.go_on(again, log[:-4], 4, capacity=40, sampling=sampling) == log

@@ -178,7 +178,7 @@ def test_a_lost_neighbour_is_named_in_the_middle_of_a_step(cluster: TinyCluster)
     gone.submit(Stop())
     assert gone.join(10.0)
     rows = [SessionRows(session=SessionId(1), start=0, count=1, capacity=4, sample=True)]
-    cluster.step(plan, 0, rows, [5], opens=True)
+    cluster.step(plan, 0, rows, [5], history=0)
     reports = cluster.hands["a"].reports
     cluster.pump(lambda: isinstance(reports[-1], Failed))
     failed = reports[-1]
@@ -194,7 +194,7 @@ def test_a_neighbour_that_never_answers_is_named(cluster: TinyCluster) -> None:
     frozen = cluster.hands["b"].links
     frozen.epoch = 99  # b is there and drops what it hears
     rows = [SessionRows(session=SessionId(1), start=0, count=1, capacity=4, sample=True)]
-    cluster.step(plan, 0, rows, [5], opens=True)
+    cluster.step(plan, 0, rows, [5], history=0)
     reports = cluster.hands["a"].reports
     cluster.pump(lambda: isinstance(reports[-1], Failed))
     assert isinstance(reports[-1].error, DeadlineExceeded)  # type: ignore[union-attr]
@@ -207,7 +207,7 @@ def test_a_new_plan_ends_a_step_that_waits(cluster: TinyCluster) -> None:
     cluster.form(pair())
     cluster.hands["b"].links.epoch = 99
     rows = [SessionRows(session=SessionId(1), start=0, count=1, capacity=4, sample=True)]
-    cluster.step(pair(), 0, rows, [5], opens=True)
+    cluster.step(pair(), 0, rows, [5], history=0)
     for hand in cluster.hands.values():
         hand.executor.submit(Drop(epoch=1))
         hand.reports.clear()

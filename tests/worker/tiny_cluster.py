@@ -32,6 +32,7 @@ SPEC = ModelSpec(
     max_positions=128, norm_eps=1e-5, rope=RopeSpec(theta=10_000.0), ffn_tiles=3, weights=WeightFormat.FLOAT32,
     activations=ActivationFormat.FLOAT32,
 )  # fmt: skip
+GREEDY = Sampling()
 DEADLINE_S = 20.0
 LOOPBACK = "tcp://127.0.0.1:*"
 
@@ -141,7 +142,11 @@ class TinyCluster:
 
     def form(self, plan: Plan, modes: Callable[[str, str], bool] = lambda one, other: True) -> None:
         self.begin(plan, modes)
-        self.pump(lambda: all(Ready in map(type, self.hands[name].reports) for name in plan.workers))
+        self.pump(lambda: all(self.ready(name, plan.epoch) for name in plan.workers))
+
+    def ready(self, name: str, epoch: int) -> Ready | None:
+        reports = self.hands[name].reports
+        return next((one for one in reports if isinstance(one, Ready) and one.epoch == epoch), None)
 
     def pump(self, until: Callable[[], bool], deadline_s: float = DEADLINE_S) -> None:
         """Relay and collect until something is true; fails when it never is."""
@@ -153,27 +158,55 @@ class TinyCluster:
             if self._router.poll(20):
                 self._take()
 
-    def step(self, plan: Plan, number: int, rows: Sequence[SessionRows], ids: Sequence[int], opens: bool) -> None:
-        """Send a step to the head."""
-        fresh = tuple(SessionSampling(session=one.session, sampling=Sampling()) for one in rows) if opens else ()
+    def step(
+        self,
+        plan: Plan,
+        number: int,
+        rows: Sequence[SessionRows],
+        ids: Sequence[int],
+        *,
+        history: int | None = None,
+        sampling: Sampling = GREEDY,
+    ) -> None:
+        """Send a step to the head; `history` of the ids come before the rows of a session that it does not know yet."""
+        fresh = tuple(
+            SessionSampling(session=one.session, sampling=sampling, history=history)
+            for one in rows
+            if history is not None
+        )
         message = Step(epoch=plan.epoch, step=number, rows=tuple(rows), opens=fresh)
         route = f"{plan.head}/data".encode()
         self._router.send_multipart([route, *encode(message, np.asarray(ids, "<i4").tobytes())])
 
     def greedy(self, plan: Plan, prompt: Sequence[int], count: int, session: int = 1) -> list[int]:
         """Return `count` tokens after the prompt."""
-        tokens: list[int] = []
-        ids, start = list(prompt), 0
+        return self.go_on(plan, prompt, count, capacity=len(prompt) + count, session=session)[len(prompt) :]
+
+    def go_on(
+        self,
+        plan: Plan,
+        log: Sequence[int],
+        count: int,
+        *,
+        capacity: int,
+        computed: int = 0,
+        session: int = 1,
+        at: int = 0,
+        sampling: Sampling = GREEDY,
+    ) -> list[int]:
+        """Return a session's log with `count` more tokens, of which `computed` positions need not be computed again."""
+        tokens, start = list(log), computed
         for number in range(count):
+            ids = tokens[start:]
             part = SessionRows(
-                session=SessionId(session), start=start, count=len(ids), capacity=len(prompt) + count, sample=True
+                session=SessionId(session), start=start, count=len(ids), capacity=capacity, at=at, sample=True
             )
             self.done.clear()
-            self.step(plan, number, [part], ids, opens=number == 0)
+            known = tokens[:start] if number == 0 else []
+            self.step(plan, number, [part], known + ids, history=len(known) if number == 0 else None, sampling=sampling)
             self.pump(lambda: bool(self.done))
-            start += len(ids)
-            ids = [self.done[0].tokens[0].token]
-            tokens += ids
+            start = len(tokens)
+            tokens.append(self.done[0].tokens[0].token)
         return tokens
 
     def close(self) -> None:
