@@ -1,4 +1,4 @@
-"""Under which addresses neighbours may reach this worker's data listener.
+"""Under which addresses neighbours may reach this worker's data listener, and its tile server.
 
 Knows nothing of who they are or whether a firewall stands between; a probe finds out.
 """
@@ -33,8 +33,18 @@ def data_addresses(listening: str, advertised: Sequence[str], coordinators: Sequ
     return tuple(f"{one}:{port}" for one in dict.fromkeys([*hosts, *_own_hosts()]))[:MOST]
 
 
+def tile_addresses(listening: str, advertised: Sequence[str], coordinators: Sequence[str]) -> tuple[str, ...]:
+    """Return where neighbours may reach the tile server, as `data_addresses` does; an advertised port is not its."""
+    hosts = [one.rpartition(":")[0] if _has_port(one) else one for one in advertised]
+    return data_addresses(listening, hosts, coordinators)
+
+
+def _has_port(address: str) -> bool:
+    return address.rpartition(":")[2].isdigit() and not address.endswith("]")
+
+
 def _with_port(address: str, port: str) -> str:
-    full = address if address.rpartition(":")[2].isdigit() and not address.endswith("]") else f"{address}:{port}"
+    full = address if _has_port(address) else f"{address}:{port}"
     try:
         require_address(full)
     except ValueError as error:

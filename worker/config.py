@@ -31,6 +31,9 @@ class WorkerConfig:
     device: str = setting("auto", "where to compute: auto, cpu, cuda, cuda:N or mps")
     threads: int = setting(0, "threads to compute with; 0: one for each core we may use")
     listen: str = setting("tcp://0.0.0.0:*", "where neighbours may connect to")
+    tile_listen: str = setting(
+        "auto", "where other workers may fetch tiles from; auto: any port of listen's host; none: nowhere"
+    )
     advertise: tuple[str, ...] = setting((), "HOST or HOST:PORT to tell neighbours; default: this machine's addresses")
     connect_timeout_s: float = setting(30.0, "how long the first connection may take")
     redial_first_s: float = setting(0.5, "first wait before dialling a lost coordinator again")
@@ -57,6 +60,13 @@ class WorkerConfig:
             return self.name
         short = re.sub(r"[^A-Za-z0-9._-]+", "-", socket.gethostname().split(".")[0]).strip("-._")
         return short[:48] or "worker"
+
+    @property
+    def tile_address(self) -> str:
+        """Where the tile server listens; empty when there is to be none."""
+        if self.tile_listen == "auto":
+            return f"{self.listen.rpartition(':')[0]}:*"
+        return "" if self.tile_listen == "none" else self.tile_listen
 
     @property
     def state_folder(self) -> Path:

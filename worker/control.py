@@ -79,6 +79,7 @@ from worker.state import (
     ordered_by,
 )
 from worker.store import TileStore
+from worker.tile_exchange import TileExchange
 
 PROGRESS_S = 0.5
 JOIN_S = 5.0
@@ -97,6 +98,7 @@ class Control:
         self._settings = executor_settings(config)
         self._identity = Identity(config.state_folder)
         self._store = TileStore(config.cache_folder, parse_bytes(config.cache_limit))
+        self._tiles = TileExchange(config, self._identity.keys, self._store)
         self._links = Links(self._identity.keys, config.listen)
         self._executor = Executor(self._links, self._store, self._take_report, self._settings)
         self._state = WorkerState()
@@ -136,6 +138,7 @@ class Control:
             self._executor.submit(Stop())
             if not await asyncio.to_thread(self._executor.join, JOIN_S):
                 _log.warning("the compute thread is still busy; it ends with the process")
+            self._tiles.close()
             self._store.close()
             self._identity.close()
             self._context.destroy(linger=0)  # not term: one socket forgotten would hold the process for ever
@@ -177,6 +180,7 @@ class Control:
             worker=home.worker,
             profile=profile_of(self._settings),
             data_addresses=data_addresses(self._links.address, self._config.advertise, home.addresses),
+            tile_addresses=self._tiles.addresses(home.addresses),
             epoch=0,
             phase=TOLD_AS[self._state.phase],
         )
@@ -243,7 +247,9 @@ class Control:
             case Probe():
                 self._spawn(self._answer_probe(connection, message))
             case Load():
-                self._apply(ordered_by(message, unpack_manifest(payload)))
+                entries = unpack_manifest(payload)
+                self._tiles.ordered(entries, message.links, message.holders)
+                self._apply(ordered_by(message, entries))
             case Unload():
                 _log.info("epoch %d is over: %s", message.epoch, message.reason)
                 self._apply(Unloaded(epoch=message.epoch))
@@ -306,6 +312,7 @@ class Control:
 
     async def _answer_probe(self, connection: Connection, asked: Probe) -> None:
         self._links.admit(peer.public_key for peer in asked.peers)
+        self._tiles.met(asked.peers)
         own = self._state.worker
         reached = await probe(self._context, self._identity.keys, own, asked.peers)
         self._addresses_reached.update(reached)

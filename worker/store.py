@@ -15,6 +15,7 @@ import errno
 import hashlib
 import os
 import secrets
+import threading
 from collections.abc import Iterable, Iterator
 from io import FileIO
 from pathlib import Path
@@ -42,8 +43,9 @@ class _CachedFile(NamedTuple):
 class TilePart:
     """A tile on its way to the disk. Bytes are appended in order; `finish` verifies the whole."""
 
-    def __init__(self, path: Path, target: Path, file: FileIO, entry: TileEntry) -> None:
+    def __init__(self, path: Path, target: Path, file: FileIO, entry: TileEntry, proven: set[bytes]) -> None:
         self.entry = entry
+        self._proven = proven
         self._path = path
         self._target = target
         self._file = file
@@ -80,6 +82,7 @@ class TilePart:
             self._path.replace(self._target)
         except OSError as error:
             raise _storage_error(error, self._path) from error
+        self._proven.add(self.entry.digest)
         self.close()
         return True
 
@@ -96,7 +99,9 @@ class TileStore:
         self._limit_bytes = limit_bytes
         self._pin_file: FileIO | None = None
         self._pin_path = root / "pins" / f"{os.getpid()}-{secrets.token_hex(4)}"
-        self._pinned: frozenset[bytes] = frozenset()
+        self._pins: dict[str, frozenset[bytes]] = {}
+        self._pin_lock = threading.Lock()
+        self._proven: set[bytes] = set()
         try:
             (root / "tiles").mkdir(parents=True, exist_ok=True)
             (root / "pins").mkdir(exist_ok=True)
@@ -115,17 +120,18 @@ class TileStore:
         except FileNotFoundError:
             return False
 
-    def pin(self, entries: Iterable[TileEntry]) -> None:
-        """Keep these tiles, and no longer those pinned before, from eviction by this or another process."""
-        self._pinned = frozenset(entry.digest for entry in entries)
-        if fcntl is None:
-            return
-        if self._pin_file is None:
-            self._pin_file = self._pin_path.open("wb", buffering=0)
-            fcntl.flock(self._pin_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        self._pin_file.seek(0)
-        self._pin_file.truncate()
-        self._pin_file.write(b"".join(sorted(self._pinned)))
+    def pin(self, entries: Iterable[TileEntry], purpose: str = "plan") -> None:
+        """Keep these tiles, and no longer those pinned before for this purpose, from eviction by any process."""
+        with self._pin_lock:  # the compute thread pins blocks while tiles are fetched for a plan to come
+            self._pins = {**self._pins, purpose: frozenset(entry.digest for entry in entries)}
+            if fcntl is None:
+                return
+            if self._pin_file is None:
+                self._pin_file = self._pin_path.open("wb", buffering=0)
+                fcntl.flock(self._pin_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._pin_file.seek(0)
+            self._pin_file.truncate()
+            self._pin_file.write(b"".join(sorted(self._pinned())))
 
     def make_room(self, wanted: Iterable[TileEntry]) -> None:
         """Evict least recently used tiles until `wanted` fit under the limit and on the disk.
@@ -133,7 +139,7 @@ class TileStore:
         Raises StorageFull, before anything is deleted, when pinned tiles and `wanted` together exceed the limit.
         """
         new = {entry.digest.hex(): entry.num_bytes for entry in wanted}
-        pinned = {digest.hex() for digest in self._pinned | self._pinned_elsewhere()}
+        pinned = {digest.hex() for digest in self._pinned() | self._pinned_elsewhere()}
         files = list(self._files())
         kept = sum(file.num_bytes for file in files if _name(file) in pinned and _name(file) not in new)
         needed = sum(new.values())
@@ -160,9 +166,9 @@ class TileStore:
             target.parent.mkdir(exist_ok=True)
             file = _open_locked(shared)
             part = (
-                TilePart(shared, target, file, entry)
+                TilePart(shared, target, file, entry, self._proven)
                 if file
-                else TilePart(own, target, own.open("a+b", buffering=0), entry)
+                else TilePart(own, target, own.open("a+b", buffering=0), entry, self._proven)
             )
             if part.length > entry.num_bytes:
                 os.ftruncate(part._file.fileno(), 0)
@@ -183,6 +189,7 @@ class TileStore:
         if hashlib.sha256(data).digest() != entry.digest:
             path.unlink(missing_ok=True)
             raise TileUnavailable(f"{entry.tile} was altered on disk and is deleted: {path}", phase="load")
+        self._proven.add(entry.digest)
         with contextlib.suppress(OSError):  # only the order of eviction depends on it; a read-only cache still serves
             os.utime(path)
         return memoryview(data)
@@ -200,6 +207,15 @@ class TileStore:
         if not is_right:
             path.unlink(missing_ok=True)
             raise TileUnavailable(f"{path} was altered on disk and is deleted", phase="load")
+        self._proven.add(entry.digest)
+
+    def prove(self, entry: TileEntry) -> None:
+        """Verify a tile unless this process has done so before; raises TileUnavailable as `read` does."""
+        if not self.has(entry):
+            self._proven.discard(entry.digest)
+            raise TileUnavailable(f"{entry.tile} is not in the cache {self._root}", phase="serve")
+        if entry.digest not in self._proven:
+            self.verify(entry)
 
     def read_range(self, entry: TileEntry, offset: int, length: int) -> bytes:
         """Return some bytes of a tile that was verified before; raises TileUnavailable when it is gone or cut."""
@@ -239,6 +255,9 @@ class TileStore:
             except FileNotFoundError:  # another process was faster
                 continue
             yield _CachedFile(path, status.st_size, status.st_mtime_ns)
+
+    def _pinned(self) -> frozenset[bytes]:
+        return frozenset().union(*self._pins.values())
 
     def _pinned_elsewhere(self) -> frozenset[bytes]:
         digests: set[bytes] = set()

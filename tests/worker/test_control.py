@@ -135,6 +135,8 @@ async def test_a_worker_enrols_once_beats_and_says_goodbye(tmp_path: Path) -> No
         hello = one.of(Hello)[0]
         assert hello.worker == "pinned"
         assert hello.data_addresses[0].startswith("127.0.0.1:")
+        assert hello.tile_addresses[0].startswith("127.0.0.1:")
+        assert hello.tile_addresses != hello.data_addresses
         async with working(config_of(tmp_path, "")):  # it knows the way, and needs no token
             await one.until(lambda: len(one.of(Hello)) == 2)
         assert len(one.of(Enroll)) == 1
