@@ -26,11 +26,12 @@ from coordinator.events import (
     WorkerGone,
 )
 from coordinator.exchange import Exchange
+from coordinator.saved import SeatsChanged
 from coordinator.state import ClusterState
 from protocol.errors import InvariantBroken
 from protocol.frames import Buffer, encode, pack_manifest
 from protocol.ids import WorkerId
-from protocol.messages import ErrorReport, Load
+from protocol.messages import ErrorReport
 from protocol.tiles import TileEntry, TileId
 
 _log = logging.getLogger(__name__)
@@ -141,18 +142,15 @@ class Actor:
             case SessionFailed():
                 _log.info("session %d: %s", effect.session, effect.error)
                 self.act(self.desk.failed(effect))
+            case SeatsChanged():
+                pass
             case PhaseChanged():
                 _log.info("%s (epoch %d): %s", effect.phase, effect.epoch, effect.detail)
             case _:
                 raise InvariantBroken(f"no way to carry out {type(effect).__name__}")
 
     def _send_control(self, effect: SendControl) -> None:
-        payload = None
-        if effect.wants_manifest:
-            if not isinstance(effect.message, Load):
-                raise InvariantBroken(f"{type(effect.message).__name__} carries no manifest")
-            tiles = effect.message.plan.tiles_of(effect.worker)
-            payload = pack_manifest(self._entries[tile] for tile in tiles)
+        payload = None if effect.tiles is None else pack_manifest(self._entries[tile] for tile in effect.tiles)
         if not self.send(self.routing_id(effect.worker, Channel.CONTROL), effect.message, payload):
             self._lose(effect.worker, "its control connection can't be reached")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from coordinator.events import Phase
+from coordinator.story import Happening, Recovery
 from protocol.errors import ManyhandsError
 from protocol.ids import WorkerId
 from protocol.messages import DeviceProfile, Heartbeat, Loaded, Role
@@ -28,7 +29,8 @@ class WorkerStatus:
     """One worker. `heartbeat` is its last one, `loaded` what it said when it had loaded its part of the plan.
 
     `link`: "relay" when one of its links of the plan goes through the coordinator, else "direct". `loading` is None
-    for a worker that the plan does not wait for.
+    for a worker that the plan does not wait for. `state`: what else there is to say: that it leaves, is paused, on
+    probation or suspect, and why; mostly empty.
     """
 
     name: WorkerId
@@ -40,6 +42,7 @@ class WorkerStatus:
     last_heard_s: float
     link: str
     loading: LoadingStatus | None
+    state: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,3 +95,5 @@ class ClusterStatus:
     totals: Totals
     last_error: str
     refusal: ManyhandsError | None = None  # why the workers that are here can't hold the model, while that is so
+    happenings: tuple[Happening, ...] = ()
+    recoveries: tuple[Recovery, ...] = ()

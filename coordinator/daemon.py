@@ -242,8 +242,9 @@ class Daemon:
             violations=complaints.violations, refusals=complaints.refusals, relayed=relay.relayed, dropped=relay.dropped
         )
         actor = self._actor
-        status = actor.state.status(actor.clock())
-        return render_status(status, cluster=self._home.cluster, spec=self._model.spec, counts=counts)
+        now = actor.clock()
+        status = actor.state.status(now)
+        return render_status(status, cluster=self._home.cluster, spec=self._model.spec, counts=counts, now=now)
 
     def _hang_up(self, error: ManyhandsError) -> None:
         """Tell the clients whose requests the core has not ended itself."""

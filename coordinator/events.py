@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
+from coordinator.saved import SeatsChanged
 from protocol.batches import Sampling
 from protocol.errors import ManyhandsError
 from protocol.ids import SessionId, WorkerId
@@ -20,15 +21,19 @@ from protocol.messages import (
     FinishReason,
     Heartbeat,
     Hello,
+    LeaveAsk,
+    Leg,
     Loaded,
     LoadProgress,
     Reached,
     Role,
     Step,
     StepDone,
+    Stocked,
     Timings,
     Usage,
 )
+from protocol.tiles import TileId
 
 
 class Phase(StrEnum):
@@ -84,10 +89,14 @@ class WorkerHeard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerGone:
-    """A worker left (`Leave`), or a message to it can't be delivered; `reason` is for people."""
+    """A worker left (`Leave`), its connection broke, or a message to it can't be delivered; `reason` is for people.
+
+    `on_purpose`: it said so itself, which nobody holds against it.
+    """
 
     worker: WorkerId
     reason: str
+    on_purpose: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +137,25 @@ class StepFinished:
 
     worker: WorkerId
     done: StepDone
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TilesStocked:
+    """How far a worker has come with a `Stock` order."""
+
+    worker: WorkerId
+    stocked: Stocked
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaveAsked:
+    """A worker wants to end, or somebody wants it to: it hands over first, and is told `Goodbye` when it has.
+
+    A worker that is not here is ignored; `ask` None: a client asks, for the worker.
+    """
+
+    worker: WorkerId
+    ask: LeaveAsk | None = None
 
 
 # ---------------------------------------------------------------- events: clients and time
@@ -177,6 +205,8 @@ Event = (
     | WorkerLoaded
     | WorkerFaulted
     | StepFinished
+    | TilesStocked
+    | LeaveAsked
     | RequestArrived
     | RequestCancelled
     | Tick
@@ -189,19 +219,19 @@ Event = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SendControl:
-    """Send `message` to `<worker>/control`. `wants_manifest`: it is a `Load`, add the manifest of the worker's tiles.
+    """Send `message` to `<worker>/control`; `tiles`: with the manifest of these as its payload.
 
     If it can't be delivered, answer with `WorkerGone`.
     """
 
     worker: WorkerId
     message: object
-    wants_manifest: bool = False
+    tiles: tuple[TileId, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SendStep:
-    """Send a step and its token ids (little-endian int32) to `<worker>/data`, the head's data connection.
+    """Send a step and its payload of token ids (little-endian int32) to `<worker>/data`, the head's data connection.
 
     If it can't be delivered, answer with `WorkerGone`.
     """
@@ -239,6 +269,7 @@ class SessionEnded:
     reason: FinishReason
     usage: Usage
     timings: Timings
+    legs: tuple[Leg, ...] = ()  # who computed what of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,4 +289,13 @@ class PhaseChanged:
     detail: str
 
 
-Effect = SendControl | SendStep | DisconnectWorker | TokensCommitted | SessionEnded | SessionFailed | PhaseChanged
+Effect = (
+    SendControl
+    | SendStep
+    | DisconnectWorker
+    | TokensCommitted
+    | SessionEnded
+    | SessionFailed
+    | SeatsChanged
+    | PhaseChanged
+)

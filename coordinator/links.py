@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from coordinator.planner import Reach
 from protocol.ids import WorkerId
@@ -31,13 +31,17 @@ def probe_targets(plan: Plan) -> dict[WorkerId, tuple[WorkerId, ...]]:
     return {worker: tuple(partners) for worker, partners in targets.items()}
 
 
-def decide_links(plan: Plan, reach: Reach, peers: Mapping[WorkerId, Peer]) -> dict[WorkerId, tuple[LinkOrder, ...]]:
-    """Return the links that each worker of the plan must hold.
+def decide_links(
+    plan: Plan, reach: Reach, peers: Mapping[WorkerId, Peer], more: Iterable[tuple[WorkerId, WorkerId]] = ()
+) -> dict[WorkerId, tuple[LinkOrder, ...]]:
+    """Return the links that each worker must hold: those of the plan, and `more` for keys and values on their way.
 
     The far side dials the hub when it reaches it, else the hub dials, else both go through the coordinator.
     """
-    orders: dict[WorkerId, list[LinkOrder]] = {worker: [] for worker in plan.workers}
-    for hub, other in plan.links():
+    pairs = {frozenset(pair): pair for pair in [*more, *plan.links()]}
+    workers = dict.fromkeys([*plan.workers, *(worker for pair in pairs.values() for worker in pair)])
+    orders: dict[WorkerId, list[LinkOrder]] = {worker: [] for worker in workers}
+    for hub, other in pairs.values():
         if (other, hub) in reach:
             modes = (LinkMode.LISTEN, LinkMode.DIAL)
         elif (hub, other) in reach:

@@ -1,38 +1,58 @@
-"""Who is here: members with their role, device, lease and place in the order of joining.
+"""Who is here: members with their role, device, lease, place in the order of joining, and what is on their disks.
 
 Knows nothing of plans or sockets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from coordinator.events import WorkerJoined
 from protocol.ids import WorkerId
 from protocol.liveness import Lease
 from protocol.messages import DeviceProfile, Heartbeat, Peer, Role
+from protocol.tiles import TileId
 
 
 @dataclass(slots=True, kw_only=True)
 class Member:
-    """One worker that is here. `order`: when its name was first seen, kept when it comes back."""
+    """One worker that is here. `order`: when its name was first seen, kept when it comes back.
+
+    `is_leaving`: it hands over and ends, `is_own_wish` when it asked itself, `is_dismissed` once it was told that it
+    may. `is_suspect`: it is far behind its own pace.
+    """
 
     worker: WorkerId
     role: Role
     public_key: bytes
     profile: DeviceProfile
     addresses: tuple[str, ...]
+    tile_addresses: tuple[str, ...]
     order: int
     incarnation: int
     lease: Lease
     progress_at: float
     heartbeat: Heartbeat | None = None
+    is_leaving: bool = False
+    is_own_wish: bool = False
+    is_dismissed: bool = False
+    is_suspect: bool = False
+
+    @property
+    def paused(self) -> str:
+        """Why its owner does not want it to compute now; empty when it may."""
+        return self.heartbeat.paused if self.heartbeat else ""
 
     @property
     def peer(self) -> Peer:
         """How other workers reach this one."""
         return Peer(worker=self.worker, public_key=self.public_key, addresses=self.addresses)
+
+    @property
+    def tile_peer(self) -> Peer:
+        """How other workers fetch tiles from this one."""
+        return Peer(worker=self.worker, public_key=self.public_key, addresses=self.tile_addresses)
 
 
 class Registry:
@@ -42,6 +62,7 @@ class Registry:
         self._lease_s = lease_s
         self._members: dict[WorkerId, Member] = {}
         self._order: dict[WorkerId, int] = {}
+        self._tiles: dict[WorkerId, set[TileId]] = {}
         self._incarnations = 0
 
     def __contains__(self, worker: WorkerId) -> bool:
@@ -53,6 +74,11 @@ class Registry:
 
     def __len__(self) -> int:
         return len(self._members)
+
+    @property
+    def names(self) -> frozenset[WorkerId]:
+        """The names of all members."""
+        return frozenset(self._members)
 
     def get(self, worker: WorkerId) -> Member | None:
         """Return a member, or None for a stranger."""
@@ -69,6 +95,7 @@ class Registry:
             public_key=event.public_key,
             profile=event.hello.profile,
             addresses=event.hello.data_addresses,
+            tile_addresses=event.hello.tile_addresses,
             order=self._order.setdefault(event.worker, len(self._order)),
             incarnation=self._incarnations,
             lease=lease,
@@ -93,6 +120,15 @@ class Registry:
             member.heartbeat = heartbeat
         return member
 
+    def note_tiles(self, worker: WorkerId, tiles: Iterable[TileId]) -> None:
+        """Remember what is on a worker's disk, also when it comes back later."""
+        self._tiles.setdefault(worker, set()).update(tiles)
+
+    def lacks(self, worker: WorkerId, tiles: Iterable[TileId]) -> list[TileId]:
+        """Return those of `tiles` that a worker is not known to have on its disk."""
+        known = self._tiles.get(worker, set())
+        return [tile for tile in tiles if tile not in known]
+
     def silent(self, now: float) -> list[Member]:
         """Return the members whose lease is over."""
         return [member for member in self if member.lease.is_over(now)]
@@ -104,5 +140,6 @@ class Registry:
 
     @property
     def head(self) -> Member | None:
-        """The trusted worker that came first, or None."""
-        return next((member for member in self if member.role is Role.HEAD), None)
+        """The trusted worker that came first, one that does not leave if there is one; or None."""
+        trusted = [member for member in self if member.role is Role.HEAD]
+        return next((member for member in trusted if not member.is_leaving), next(iter(trusted), None))

@@ -31,6 +31,9 @@ class SavedSession:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SeatsChanged:
-    """Effect: a plan is ready; `seats` are its workers in the order of its shares, for the next start to find again."""
+    """Effect: a plan serves; `seats` are its workers in the order of its shares, for the next start to find again.
 
-    seats: tuple[WorkerId, ...]
+    None: a share that nobody has at the moment.
+    """
+
+    seats: tuple[WorkerId | None, ...]

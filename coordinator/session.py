@@ -9,11 +9,17 @@ from array import array
 from dataclasses import dataclass, field
 
 from coordinator.events import RequestArrived, token_ids
+from coordinator.memory import KvRoom
 from protocol.batches import Sampling, SessionRows
-from protocol.errors import PromptTooLong, RequestInvalid
+from protocol.errors import ManyhandsError, PeerLost, PromptTooLong, RequestInvalid
 from protocol.ids import SessionId
-from protocol.messages import Timings, Usage
+from protocol.messages import Leg, Timings, Usage
 from protocol.specs import ModelSpec
+
+MAX_LEGS = 64
+LOSS_WEIGHT = 1  # a lost worker may be anybody's fault
+ERROR_WEIGHT = 3  # an error in computing is likely to come again with the same session
+MAX_SETBACKS = 12
 
 
 @dataclass(slots=True, kw_only=True)
@@ -21,6 +27,8 @@ class Session:
     """`tokens` is the whole log, prompt and answer; of it the workers hold keys and values of the first `computed`.
 
     The log is all that is needed to compute the session again from its beginning, by setting `computed` to 0.
+    `is_known`: workers of this epoch may hold something of it; `opened_in`: the epoch in which the head was told of it.
+    `setbacks` weighs the epochs that ended while a step computed it, since its last new token.
     """
 
     session: SessionId
@@ -36,6 +44,10 @@ class Session:
     is_in_flight: bool = False
     started_at: float | None = None
     first_token_at: float | None = None
+    is_known: bool = False
+    opened_in: int = 0
+    setbacks: int = 0
+    legs: list[Leg] = field(default_factory=list)
 
     @property
     def capacity(self) -> int:
@@ -52,11 +64,6 @@ class Session:
         """Tokens of the log that the workers have not computed; 1 while it decodes."""
         return len(self.tokens) - self.computed
 
-    @property
-    def is_new(self) -> bool:
-        """Whether the workers hold nothing of it yet."""
-        return self.computed == 0
-
     def next_rows(self, most: int) -> SessionRows:
         """Return the next rows to compute, at most `most`; the last row of the log is sampled."""
         count = min(most, self.num_pending)
@@ -68,6 +75,35 @@ class Session:
             sample=count == self.num_pending,
             at=self.at,
         )
+
+    @property
+    def phase(self) -> str:
+        """What it does while it runs, in a few words."""
+        if self.num_pending == 1:
+            return "answering"
+        what = "reading the prompt" if self.first_token_at is None else "computing again what was lost"
+        return f"{what}: {self.computed} of {len(self.tokens)} tokens"
+
+    def require_room(self, room: KvRoom) -> None:
+        """Raise PromptTooLong when not even all the room there is could hold it."""
+        if self.capacity > room.positions:
+            raise PromptTooLong(
+                f"{self.num_prompt} prompt tokens and max_tokens {self.max_tokens} need {self.capacity} positions, but "
+                f"{room.text}",
+                remedy=f"shorten the prompt, lower max_tokens, or {room.remedy}",
+                node=room.worker or "",
+            )
+
+    def is_given_up_after(self, error: ManyhandsError) -> bool:
+        """Count the end of an epoch, and say whether this session was under way too often when one ended."""
+        self.setbacks += self.is_in_flight * (LOSS_WEIGHT if isinstance(error, PeerLost) else ERROR_WEIGHT)
+        return self.setbacks >= MAX_SETBACKS
+
+    def begin_leg(self, leg: Leg) -> None:
+        """Note under which plan it goes on; one under which nothing was computed is forgotten."""
+        if self.legs and self.legs[-1].start == leg.start:
+            self.legs.pop()
+        self.legs = [*self.legs, leg][-MAX_LEGS:]
 
     def usage(self) -> Usage:
         """Count tokens; an end-of-text token is not counted."""

@@ -3,35 +3,37 @@
 Knows nothing of workers beyond the plan it serves and the room it gives.
 
     waiting --place--> running: prompt in chunks, then a token a step --> ended
-                         |  cancelled while a step computes it
-                         +--> closing: its memory is released when that step is done
+       ^                 |  cancelled while a step computes it
+       |                 +--> closing: its memory is released when that step is done
+       +--- interrupt ---+
+
+An epoch that ends costs a session nothing but time: it goes back to the front of the queue with its log, and `prepare`
+gives it a place under the next plan, where it goes on at the first position that the workers don't have any more.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
 
 from coordinator.arena import Arena
+from coordinator.batching import pick
 from coordinator.cluster_status import KvStatus, SessionCounts, Totals
 from coordinator.events import (
     Effect,
     RequestArrived,
     RequestCancelled,
     SendControl,
-    SendStep,
     SessionEnded,
     SessionFailed,
     TokensCommitted,
-    token_bytes,
 )
+from coordinator.legs import leg_of
 from coordinator.memory import KvRoom
 from coordinator.policy import ClusterPolicy
 from coordinator.session import Session, open_session
-from protocol.batches import SessionRows
+from coordinator.steps_under_way import StepsUnderWay
 from protocol.errors import (
-    FrameMalformed,
     InvariantBroken,
     LocalError,
     ManyhandsError,
@@ -39,18 +41,16 @@ from protocol.errors import (
     PromptTooLong,
 )
 from protocol.ids import SessionId
-from protocol.messages import FinishReason, Release, SessionSampling, Step, StepDone
+from protocol.messages import Carry, FinishReason, Release, StepDone
 from protocol.plans import Plan
 from protocol.specs import ModelSpec
 
 
-class _InFlight(NamedTuple):
-    rows: tuple[SessionRows, ...]
-    sent_at: float
-
-
 class Sessions:
-    """All open sessions. `serve` and `interrupt` begin and end a plan's service; `schedule` keeps its pipeline full."""
+    """All open sessions. `prepare`, `serve` and `interrupt` are a plan's service; `schedule` keeps its pipeline full.
+
+    While `is_held` no step begins.
+    """
 
     def __init__(self, spec: ModelSpec, policy: ClusterPolicy) -> None:
         self._spec = spec
@@ -62,10 +62,10 @@ class Sessions:
         self._running: dict[SessionId, Session] = {}
         self._closing: dict[SessionId, Session] = {}
         self._released: list[SessionId] = []
-        self._in_flight: dict[int, _InFlight] = {}
-        self._next_step = 0
+        self.steps = StepsUnderWay(spec)
         self._idle_since = 0.0  # since when no plan is served
-        self._refusal = ""
+        self._cause = ""  # why the plan before is over
+        self._refusal, self.is_held = "", False
         self.totals = Totals()
 
     # ------------------------------------------------------------ what others ask
@@ -76,8 +76,23 @@ class Sessions:
         return not self._running and not self._closing
 
     @property
+    def is_between_steps(self) -> bool:
+        """Whether no step is under way."""
+        return not len(self.steps)
+
+    @property
+    def num_open(self) -> int:
+        """Sessions that run or wait."""
+        return len(self._running) + len(self._waiting)
+
+    @property
+    def num_tokens_shown(self) -> int:
+        """Tokens of the answers of all sessions that run."""
+        return sum(session.num_answer for session in self._running.values())
+
+    @property
     def counts(self) -> SessionCounts:
-        """How many sessions run and wait; one that only waits for its memory to be released counts as neither."""
+        """How many run and wait; one that only waits for its memory to be released counts as neither."""
         return SessionCounts(running=len(self._running), waiting=len(self._waiting))
 
     @property
@@ -85,20 +100,13 @@ class Sessions:
         """How much of the room for keys and values is taken."""
         return KvStatus(positions=self._arena.positions, used=self._arena.used)
 
-    @property
-    def oldest_step_at(self) -> float | None:
-        """When the oldest step in flight was sent; None when there is none."""
-        return min((step.sent_at for step in self._in_flight.values()), default=None)
-
     def phase_of(self, session: SessionId) -> str:
         """Say in a few words what a session waits for; empty for an unknown one."""
         found = self._running.get(session)
         if found is None:
             place = next((i for i, waiting in enumerate(self._waiting) if waiting.session == session), None)
             return "" if place is None else f"queued behind {place} others, {len(self._running)} running"
-        if found.computed < found.num_prompt:
-            return f"reading the prompt: {found.computed} of {found.num_prompt} tokens"
-        return "answering"
+        return found.phase
 
     # ------------------------------------------------------------ requests
 
@@ -107,7 +115,7 @@ class Sessions:
 
         Raises InvariantBroken when its number belongs to an open session.
         """
-        if event.session in self._running or event.session in self._closing or event.session in self._waiting_ids():
+        if event.session in {*self._running, *self._closing, *(waiting.session for waiting in self._waiting)}:
             raise InvariantBroken(f"session {event.session} was begun twice")
         try:
             session = open_session(event, self._spec, now)
@@ -143,45 +151,82 @@ class Sessions:
         self._forget_epoch()
         return effects
 
-    def _waiting_ids(self) -> Iterable[SessionId]:
-        return (session.session for session in self._waiting)
-
     def _require_place(self, session: Session) -> None:
         if self._refusal:
             raise Overloaded(self._refusal)
         if len(self._waiting) >= self._policy.max_waiting:
             raise Overloaded(f"{len(self._waiting)} requests are waiting already", remedy="try again later")
-        self._require_room(session)
-
-    def _require_room(self, session: Session) -> None:
-        if self._room is not None and session.capacity > self._room.positions:
-            raise PromptTooLong(
-                f"{session.num_prompt} prompt tokens and max_tokens {session.max_tokens} need {session.capacity} "
-                f"positions, but {self._room.text}",
-                remedy=f"shorten the prompt, lower max_tokens, or {self._room.remedy}",
-                node=self._room.worker or "",
-            )
+        if self._room is not None:
+            session.require_room(self._room)
 
     # ------------------------------------------------------------ epochs
 
-    def serve(self, plan: Plan, room: KvRoom) -> None:
-        """Run sessions under this plan from now on."""
-        self._plan, self._room, self._arena = plan, room, Arena(room.positions)
+    def prepare(self, plan: Plan, room: KvRoom) -> tuple[Carry, ...]:
+        """Give the sessions that have begun their places under a plan that is about to load, while there are any."""
+        self._room, self._arena = room, Arena(room.positions)
+        begun = [session for session in self._waiting if session.computed]
+        for session in begun:
+            place = self._arena.take(session.session, session.capacity)
+            if place is None or len(self._running) >= self._policy.max_sessions:
+                session.computed = 0  # nobody keeps it for later
+                continue
+            self._waiting.remove(session)
+            session.at, session.is_known = place, True
+            self._running[session.session] = session
+        return tuple(
+            Carry(session=one.session, at=one.at, capacity=one.capacity, computed=one.computed)
+            for one in self._running.values()
+        )
+
+    def serve(self, plan: Plan, held: Mapping[SessionId, int]) -> int:
+        """Run sessions under this plan from now on; `held`: positions that all workers have of a carried session.
+
+        Returns how many positions will be computed again.
+        """
+        self._plan = plan
+        self.is_held = False
+        repeated = 0
+        for session in self._running.values():
+            computed = min(session.computed, held.get(session.session, 0))
+            lost = session.computed - computed
+            session.begin_leg(leg_of(plan, session.num_answer, lost, self._cause))
+            session.computed = computed
+            repeated += lost
+        return repeated
 
     def interrupt(self, error: ManyhandsError, now: float) -> list[Effect]:
-        """The plan is over. This is the one place that decides what becomes of its sessions: they fail.
+        """The plan is over: what runs goes back to the front of the queue, and steps under way never were.
 
-        A later version may instead set `computed` to 0 and put them at the front of the queue: the log has it all.
+        A session that was under way time and again when an epoch ended fails with `error`: it may well be the reason.
         """
-        lost = list(self._running)
+        effects: list[Effect] = []
+        for session in list(self._running.values()):
+            if session.is_given_up_after(error):
+                del self._running[session.session]
+                effects.append(self._failed(session.session, error))
+        self.rest(error.message, now)
+        return effects
+
+    def rest(self, cause: str, now: float) -> None:
+        """The plan is over, for a better one if no step is under way: all go back to the front of the queue."""
+        running = list(self._running.values())
         self._forget_epoch()
-        self._idle_since = now
-        return [self._failed(session, error) for session in lost]
+        self._cause, self._idle_since = cause, now
+        for session in reversed(running):
+            session.is_in_flight = session.is_known = False
+            self._waiting.appendleft(session)
+
+    def restore(self, saved: Iterable[Session]) -> None:
+        """Queue sessions of an earlier life of the coordinator; what workers still hold of them will show."""
+        for session in saved:
+            session.computed = len(session.tokens) - 1
+            self._waiting.append(session)
 
     def _forget_epoch(self) -> None:
         self._plan = self._room = None
         self._arena = Arena(0)
-        self._running, self._closing, self._released, self._in_flight = {}, {}, [], {}
+        self._running, self._closing, self._released = {}, {}, []
+        self.steps.forget()
 
     # ------------------------------------------------------------ steps
 
@@ -190,18 +235,13 @@ class Sessions:
 
         Raises FrameMalformed, before anything has changed, when its tokens are not those that were asked for.
         """
-        if self._plan is None or done.epoch != self._plan.epoch or done.step not in self._in_flight:
+        if self._plan is None or done.epoch != self._plan.epoch:
             return []
-        rows = self._in_flight[done.step].rows
-        tokens = {sampled.session: sampled.token for sampled in done.tokens}
-        wanted = {part.session for part in rows if part.sample}
-        if tokens.keys() != wanted or len(done.tokens) != len(wanted):
-            raise FrameMalformed(f"step {done.step} brought tokens for {sorted(tokens)}, not {sorted(wanted)}")
-        if any(token >= self._spec.vocab for token in tokens.values()):
-            raise FrameMalformed(f"step {done.step} brought a token outside the vocabulary of {self._spec.vocab}")
-        del self._in_flight[done.step]
+        finished = self.steps.finish(done)
+        if finished is None:
+            return []
         effects: list[Effect] = []
-        for part in rows:
+        for part in finished.rows:
             if self._closing.pop(part.session, None) is not None:
                 self._released.append(part.session)
                 continue
@@ -209,20 +249,23 @@ class Sessions:
             session.is_in_flight = False
             session.computed = part.start + part.count
             if part.sample:
-                effects += self._commit(session, tokens[part.session], now)
+                effects += self._commit(session, finished.tokens[part.session], now)
         return effects
 
     def schedule(self, now: float) -> list[Effect]:
         """Release what ended, admit what fits, and send steps until the pipeline is full."""
-        if self._plan is None:
+        plan = self._plan
+        if plan is None:
             return []
-        effects = self._release(self._plan)
-        effects += self._admit(now)
-        while len(self._in_flight) < len(self._plan.stages):
-            batch = self._pick(len(self._plan.stages))
+        effects = self._release(plan)
+        if self.is_held:
+            return effects
+        effects += self._admit(plan, now)
+        while len(self.steps) < len(plan.stages):
+            batch = pick(self._running.values(), len(plan.stages), self._policy.prefill_chunk)
             if not batch:
                 break
-            effects.append(self._send(self._plan, batch, now))
+            effects.append(self.steps.send(plan, batch, now))
         return effects
 
     def _release(self, plan: Plan) -> list[Effect]:
@@ -234,13 +277,13 @@ class Sessions:
         self._released = []
         return [SendControl(worker=worker, message=message) for worker in plan.workers]
 
-    def _admit(self, now: float) -> list[Effect]:
+    def _admit(self, plan: Plan, now: float) -> list[Effect]:
         """Move waiting sessions to running, in their order; one that can never fit fails and is passed."""
         effects: list[Effect] = []
         while self._waiting and self._room is not None:
             session = self._waiting[0]
             try:
-                self._require_room(session)
+                session.require_room(self._room)
             except PromptTooLong as error:
                 effects.append(self._drop(session, error))
                 continue
@@ -250,35 +293,13 @@ class Sessions:
             if place is None:
                 break
             self._waiting.popleft()
-            session.at, session.started_at = place, now
+            session.at = place
             self._running[session.session] = session
-            self._count(prompt_tokens=session.num_prompt)
+            session.begin_leg(leg_of(plan, session.num_answer, 0, self._cause if session.num_answer else ""))
+            if session.started_at is None:
+                session.started_at = now
+                self._count(prompt_tokens=session.num_prompt)
         return effects
-
-    def _pick(self, num_stages: int) -> list[tuple[Session, SessionRows]]:
-        """Choose the next step's rows: decoding sessions, the longest unserved first, and one chunk of one prompt.
-
-        A step takes at most its fair part of the sessions, so that every stage of the pipeline has a step to compute.
-        """
-        free = [session for session in self._running.values() if not session.is_in_flight]
-        fair = -(-len(self._running) // num_stages)
-        decoding = sorted((one for one in free if one.num_pending == 1), key=lambda one: one.last_step)
-        prompts = [session for session in free if session.num_pending > 1]
-        chosen = [*decoding[:fair], *prompts[:1]]
-        return [(session, session.next_rows(self._policy.prefill_chunk)) for session in chosen]
-
-    def _send(self, plan: Plan, batch: list[tuple[Session, SessionRows]], now: float) -> SendStep:
-        step = self._next_step
-        self._next_step += 1
-        rows = tuple(part for _, part in batch)
-        payload = b"".join(token_bytes(one.tokens[part.start : part.start + part.count]) for one, part in batch)
-        opens = tuple(SessionSampling(session=one.session, sampling=one.sampling) for one, _ in batch if one.is_new)
-        for session, _ in batch:
-            session.is_in_flight, session.last_step = True, step
-        self._in_flight[step] = _InFlight(rows, now)
-        return SendStep(
-            worker=plan.head, step=Step(epoch=plan.epoch, step=step, rows=rows, opens=opens), tokens=payload
-        )
 
     # ------------------------------------------------------------ ends
 
@@ -290,6 +311,7 @@ class Sessions:
             return [self._end(session, FinishReason.STOP, now)]
         index = session.num_answer
         session.tokens.append(token)
+        session.setbacks = 0
         self._count(completion_tokens=1)
         committed = TokensCommitted(session=session.session, index=index, tokens=(token,))
         if session.num_answer == session.max_tokens:
@@ -301,14 +323,20 @@ class Sessions:
         del self._running[session.session]
         if session.is_in_flight:
             self._closing[session.session] = session
-        elif session.is_new:  # the workers never saw it
-            self._arena.free(session.session)
-        else:
+        elif session.is_known:
             self._released.append(session.session)
+        else:
+            self._arena.free(session.session)
         return self._ended(session, reason, now)
 
     def _ended(self, session: Session, reason: FinishReason, now: float) -> SessionEnded:
-        return SessionEnded(session=session.session, reason=reason, usage=session.usage(), timings=session.timings(now))
+        return SessionEnded(
+            session=session.session,
+            reason=reason,
+            usage=session.usage(),
+            timings=session.timings(now),
+            legs=tuple(session.legs),
+        )
 
     def _drop(self, waiting: Session, error: ManyhandsError) -> SessionFailed:
         self._waiting.remove(waiting)

@@ -5,12 +5,15 @@ Knows nothing of sockets, clocks, files or threads; `now` is a parameter, and th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from coordinator.cluster_status import ClusterStatus, WorkerStatus
-from coordinator.deployment import Deployment
+from coordinator.deployment import EPOCHS_PER_TERM, Deployment
 from coordinator.events import (
     DisconnectWorker,
     Effect,
     Event,
+    LeaveAsked,
     LoadProgressed,
     PeersReached,
     Phase,
@@ -21,6 +24,7 @@ from coordinator.events import (
     StepFinished,
     Stopping,
     Tick,
+    TilesStocked,
     WorkerFaulted,
     WorkerGone,
     WorkerHeard,
@@ -28,12 +32,15 @@ from coordinator.events import (
     WorkerLoaded,
 )
 from coordinator.memory import StepBounds
+from coordinator.pace import Pace
 from coordinator.planner import PlanRequest
 from coordinator.policy import ClusterPolicy
 from coordinator.registry import Member, Registry
+from coordinator.seating import Seats
+from coordinator.session import Session
 from coordinator.sessions import Sessions
 from coordinator.shares import parse_words
-from protocol.errors import DeadlineExceeded, PeerLost, ProtocolViolation
+from protocol.errors import AccessRefused, DeadlineExceeded, PeerLost, ProtocolViolation
 from protocol.ids import SessionId, WorkerId
 from protocol.messages import HeartbeatReply, LinkMode, Unload, WorkerPhase
 from protocol.plans import Plan
@@ -48,8 +55,13 @@ class ClusterState:
     `term` rises with every start of the coordinator; epochs of a later term are greater than all before.
     """
 
-    def __init__(self, spec: ModelSpec, policy: ClusterPolicy, *, term: int) -> None:
-        """Raises PlanImpossible when the policy's plan words can't be read or never fit this model."""
+    def __init__(
+        self, spec: ModelSpec, policy: ClusterPolicy, *, term: int, seats: Seats = (), saved: Iterable[Session] = ()
+    ) -> None:
+        """`seats` and `saved`: the last plan's seats and the open sessions before the coordinator's own restart.
+
+        Raises PlanImpossible when the policy's plan words can't be read or never fit this model.
+        """
         request = PlanRequest(
             spec=spec,
             shares=None if policy.plan_words is None else parse_words(policy.plan_words),
@@ -60,10 +72,11 @@ class ClusterState:
         self._policy = policy
         self._term = term
         self._registry = Registry(policy.lease_s)
-        self._deployment = Deployment(request, policy, self._registry, term=term)
         self._sessions = Sessions(spec, policy)
-        self._served: Plan | None = None  # the plan that sessions run under
+        self._sessions.restore(saved)
+        self._deployment = Deployment(request, policy, self._registry, self._sessions, term=term, seats=seats)
         self._told: tuple[Phase, str] | None = None
+        self._pace = Pace()
         self._now = 0.0
         self._last_tick: float | None = None
 
@@ -101,6 +114,8 @@ class ClusterState:
             totals=self._sessions.totals,
             last_error=str(error) if error else "",
             refusal=deployment.refusal,
+            happenings=tuple(deployment.story.happenings),
+            recoveries=tuple(deployment.story.recoveries),
         )
 
     def _worker_status(self, member: Member, now: float) -> WorkerStatus:
@@ -115,6 +130,7 @@ class ClusterState:
             last_heard_s=member.lease.silence_s(now),
             link="relay" if relayed else "direct",
             loading=self._deployment.loading_of(member.worker),
+            state=self._deployment.crew.state_of(member, now),
         )
 
     # ------------------------------------------------------------ the one way in
@@ -127,8 +143,7 @@ class ClusterState:
         """
         now = self._now = max(now, self._now)
         effects = self._take(event, now)
-        effects += self._deployment.advance(now, is_idle=self._sessions.is_idle)
-        effects += self._follow_plan(now)
+        effects += self._deployment.advance(now)
         effects += self._sessions.schedule(now)
         effects += self._tell_phase()
         return effects
@@ -138,9 +153,9 @@ class ClusterState:
             case WorkerJoined():
                 return self._join(event, now)
             case WorkerGone():
-                return self._lose(
-                    event.worker, PeerLost(f"{event.worker} left: {event.reason}", node=event.worker), now
-                )
+                return self._leave(event, now)
+            case LeaveAsked():
+                return self._ask_to_leave(event, now)
             case RequestArrived():
                 return self._sessions.arrive(event, now)
             case RequestCancelled():
@@ -154,7 +169,7 @@ class ClusterState:
 
     def _hear(
         self,
-        event: WorkerHeard | PeersReached | LoadProgressed | WorkerLoaded | WorkerFaulted | StepFinished,
+        event: WorkerHeard | PeersReached | LoadProgressed | WorkerLoaded | WorkerFaulted | StepFinished | TilesStocked,
         now: float,
     ) -> list[Effect]:
         """Take in what a worker says; every message renews its lease, and a stranger's changes nothing."""
@@ -173,23 +188,11 @@ class ClusterState:
                 self._deployment.loaded(event.worker, event.loaded)
             case WorkerFaulted():
                 return self._deployment.faulted(event.worker, event.fault, now)
+            case TilesStocked():
+                self._deployment.stocked(event.worker, event.stocked, now)
             case StepFinished():
                 return self._finish_step(event, now)
         return []
-
-    def _follow_plan(self, now: float) -> list[Effect]:
-        """Begin and end the service of sessions with the plan, within the call that changed it."""
-        ready, served = self._deployment.ready_plan, self._served
-        if ready is served:
-            return []
-        self._served = ready
-        effects: list[Effect] = []
-        if served is not None:
-            error = self._deployment.error or PeerLost("the plan was replaced")
-            effects = self._sessions.interrupt(error, now)
-        if ready is not None:
-            self._sessions.serve(ready, self._deployment.kv_room)
-        return effects
 
     def _tell_phase(self) -> list[Effect]:
         deployment = self._deployment
@@ -201,20 +204,46 @@ class ClusterState:
     # ------------------------------------------------------------ workers
 
     def _join(self, event: WorkerJoined, now: float) -> list[Effect]:
+        if event.hello.epoch >= (self._term + 1) * EPOCHS_PER_TERM:
+            error = AccessRefused(
+                f"{event.worker} obeys a coordinator that started later than this one",
+                node=event.worker,
+                remedy="end this coordinator: another one has taken its place",
+            )
+            return [DisconnectWorker(worker=event.worker, error=error)]
         effects = self._lose(event.worker, PeerLost(f"{event.worker} restarted", node=event.worker), now)
         self._registry.join(event, now)
+        self._deployment.story.tell(now, f"{event.worker} is here")
         if event.hello.phase in (WorkerPhase.LOADING, WorkerPhase.READY):
             stale = Unload(epoch=event.hello.epoch, reason="this plan is over")
             effects.append(SendControl(worker=event.worker, message=stale))
         return effects
 
-    def _lose(self, worker: WorkerId, error: PeerLost, now: float) -> list[Effect]:
+    def _lose(self, worker: WorkerId, error: PeerLost, now: float, *, on_purpose: bool = False) -> list[Effect]:
         if self._registry.leave(worker) is None:
             return []
-        return self._deployment.lost(worker, error, now)
+        return self._deployment.lost(worker, error, now, on_purpose=on_purpose)
+
+    def _leave(self, event: WorkerGone, now: float) -> list[Effect]:
+        if event.worker not in self._registry:
+            return []
+        error = PeerLost(f"{event.worker} is gone: {event.reason}", node=event.worker)
+        effects = self._lose(event.worker, error, now, on_purpose=event.on_purpose)
+        return effects
+
+    def _ask_to_leave(self, event: LeaveAsked, now: float) -> list[Effect]:
+        """Note that a worker is to hand over and go; the plan does the rest."""
+        member = self._registry.get(event.worker)
+        if member is None:
+            return []
+        member.is_leaving = True
+        member.is_own_wish = member.is_own_wish or event.ask is not None
+        reason = event.ask.reason if event.ask is not None else "somebody asked for it"
+        self._deployment.story.tell(now, f"{event.worker} wants to leave: {reason}")
+        return []
 
     def _finish_step(self, event: StepFinished, now: float) -> list[Effect]:
-        plan = self._served
+        plan = self._deployment.ready_plan
         if plan is None or event.worker != plan.head or event.done.epoch != plan.epoch:
             return []
         try:
@@ -222,7 +251,7 @@ class ClusterState:
         except ProtocolViolation as error:
             error.node = event.worker
             return self._deployment.failed(error, now)
-        self._deployment.succeeded()
+        self._deployment.succeeded(now)
         return effects
 
     # ------------------------------------------------------------ time
@@ -231,6 +260,7 @@ class ClusterState:
         effects = self._check_leases(now) + self._check_steps(now)
         if self._deployment.phase is Phase.WAITING:
             effects += self._sessions.expire(now, self._deployment.detail)
+        self._watch_pace(now)
         return effects
 
     def _check_leases(self, now: float) -> list[Effect]:
@@ -250,9 +280,19 @@ class ClusterState:
             effects.append(DisconnectWorker(worker=worker, error=error))
         return effects
 
+    def _watch_pace(self, now: float) -> None:
+        """Suspect who is far behind its own statistics; a suspect stays, it is only told."""
+        sent_at = self._sessions.steps.oldest_at
+        for member in self._registry:
+            is_suspect = self._pace.is_late(member, sent_at, now)
+            if is_suspect and not member.is_suspect:
+                self._deployment.story.tell(now, f"{member.worker} is far behind its own pace")
+            member.is_suspect = is_suspect
+
     def _check_steps(self, now: float) -> list[Effect]:
         """End a plan whose oldest step is lost, or under which no worker makes progress any more."""
-        sent_at, plan, limit_s = self._sessions.oldest_step_at, self._served, self._policy.step_timeout_s
+        sent_at, plan = self._sessions.steps.oldest_at, self._deployment.ready_plan
+        limit_s = self._policy.step_timeout_s
         if sent_at is None or plan is None:
             return []
         members = [member for member in self._registry if member.worker in plan.workers]

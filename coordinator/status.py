@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any, Final, NamedTuple
 
 from coordinator.cluster_status import ClusterStatus, WorkerStatus
+from coordinator.story import Recovery
 from protocol.errors import ManyhandsError
 from protocol.messages import Heartbeat, Loaded, WorkerPhase
 from protocol.plans import Plan
@@ -33,8 +34,10 @@ class RimCounts(NamedTuple):
     dropped: int
 
 
-def render_status(status: ClusterStatus, *, cluster: str, spec: ModelSpec, counts: RimCounts) -> bytes:
-    """Return the status as UTF-8 JSON."""
+def render_status(
+    status: ClusterStatus, *, cluster: str, spec: ModelSpec, counts: RimCounts, now: float = 0.0
+) -> bytes:
+    """Return the status as UTF-8 JSON; `now` is the core's time."""
     tree = {
         "cluster": cluster,
         "version": SOFTWARE,
@@ -56,8 +59,29 @@ def render_status(status: ClusterStatus, *, cluster: str, spec: ModelSpec, count
         "frames": counts._asdict(),
         "last_error": status.last_error,
         "refusal": None if status.refusal is None else _refusal(status.refusal),
+        "events": [{"ago_s": round(now - one.at, 3), "text": one.text} for one in status.happenings],
+        "recoveries": [_recovery(recovery, now) for recovery in status.recoveries],
     }
     return json.dumps(tree, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
+def _recovery(recovery: Recovery, now: float) -> dict[str, Any]:
+    """Seconds of each part: from the loss to the plan, to its service, to the next token; None while not reached."""
+
+    def between(start: float | None, end: float | None) -> float | None:
+        return None if start is None or end is None else round(end - start, 4)
+
+    return {
+        "cause": recovery.cause,
+        "epoch": recovery.epoch,
+        "ago_s": round(now - recovery.began_at, 3),
+        "plan_s": between(recovery.began_at, recovery.planned_at),
+        "load_s": between(recovery.planned_at, recovery.ready_at),
+        "worker_load_s": round(recovery.worker_load_s, 4),
+        "replay_s": between(recovery.ready_at, recovery.resumed_at),
+        "fetched_bytes": recovery.fetched_bytes,
+        "repeated": recovery.repeated,
+    }
 
 
 def _refusal(error: ManyhandsError) -> dict[str, Any]:
@@ -133,6 +157,7 @@ def _worker(worker: WorkerStatus) -> dict[str, Any]:
         "addresses": list(worker.addresses),
         "link": worker.link,
         "loading": None if worker.loading is None else asdict(worker.loading),
+        "state": worker.state,
     }
 
 

@@ -15,9 +15,11 @@ from coordinator.actor import Actor
 from coordinator.admission import Channel, Party, agree_version, require_own_name, route_of
 from coordinator.events import (
     Event,
+    LeaveAsked,
     LoadProgressed,
     PeersReached,
     StepFinished,
+    TilesStocked,
     WorkerFaulted,
     WorkerGone,
     WorkerHeard,
@@ -37,11 +39,13 @@ from protocol.messages import (
     Heartbeat,
     Hello,
     Leave,
+    LeaveAsk,
     Loaded,
     LoadProgress,
     Reached,
     Relay,
     StepDone,
+    Stocked,
     TileChunk,
     TileRequest,
     Welcome,
@@ -61,8 +65,10 @@ _REPORTS: Final[dict[type, Callable[[WorkerId, Any], Event]]] = {
     Fault: lambda worker, said: WorkerFaulted(worker=worker, fault=said),
     StepDone: lambda worker, said: StepFinished(worker=worker, done=said),
     Leave: lambda worker, said: WorkerGone(
-        worker=worker, reason=f"it left: {said.reason}" if said.reason else "it left"
+        worker=worker, reason=f"it left: {said.reason}" if said.reason else "it left", on_purpose=True
     ),
+    LeaveAsk: lambda worker, said: LeaveAsked(worker=worker, ask=said),
+    Stocked: lambda worker, said: TilesStocked(worker=worker, stocked=said),
 }
 
 

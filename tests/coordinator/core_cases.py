@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 from coordinator.events import (
@@ -13,6 +13,7 @@ from coordinator.events import (
     SendControl,
     SendStep,
     StepFinished,
+    TilesStocked,
     WorkerFaulted,
     WorkerHeard,
     WorkerJoined,
@@ -26,6 +27,7 @@ from protocol.messages import (
     ErrorReport,
     Fault,
     Heartbeat,
+    HeldKv,
     Hello,
     Loaded,
     LoadProgress,
@@ -34,6 +36,7 @@ from protocol.messages import (
     SampledToken,
     Step,
     StepDone,
+    Stocked,
     WorkerPhase,
 )
 from protocol.specs import ActivationFormat, ModelSpec, RopeSpec, WeightFormat
@@ -116,9 +119,14 @@ def progressed(name: str, epoch: int, done_bytes: int, *, phase: str = "fetch") 
     return LoadProgressed(worker=WorkerId(name), progress=progress)
 
 
-def loaded(name: str, epoch: int) -> WorkerLoaded:
-    message = Loaded(epoch=epoch, weight_bytes=1, fetched_bytes=1, resident_bytes=1, load_s=0.1)
+def loaded(name: str, epoch: int, held: Mapping[SessionId, int] | None = None) -> WorkerLoaded:
+    claims = tuple(HeldKv(session=session, positions=positions) for session, positions in (held or {}).items())
+    message = Loaded(epoch=epoch, weight_bytes=1, fetched_bytes=1, resident_bytes=1, load_s=0.1, held=claims)
     return WorkerLoaded(worker=WorkerId(name), loaded=message)
+
+
+def stocked(name: str, order: int) -> TilesStocked:
+    return TilesStocked(worker=WorkerId(name), stocked=Stocked(order=order, done_bytes=1, total_bytes=1, is_over=True))
 
 
 def faulted(name: str, epoch: int, *, lost: str = "", code: str = "step-failed") -> WorkerFaulted:

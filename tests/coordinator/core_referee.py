@@ -23,7 +23,7 @@ from coordinator.policy import ClusterPolicy
 from coordinator.state import ClusterState
 from protocol.errors import ManyhandsError
 from protocol.ids import SessionId, WorkerId
-from protocol.messages import FinishReason, Load, Release, Step
+from protocol.messages import Carry, FinishReason, Load, Release, Step
 
 VOCAB = 97
 SPEC = make_spec(layers=4, max_positions=256, vocab=VOCAB)
@@ -77,8 +77,11 @@ class Referee:
         self.last_step = -1
         self.held: dict[SessionId, range] = {}  # places in the arena
         self.starts: dict[SessionId, int] = {}
+        self.claims: dict[WorkerId, dict[SessionId, int]] = {}  # positions that workers say they have, this epoch
+        self.known: set[SessionId] = set()  # to the head
         self.released: set[SessionId] = set()
         self.told_release: set[tuple[WorkerId, SessionId]] = set()
+        self.carried: dict[SessionId, Carry] = {}
 
     def check_leases(self, now: float) -> None:
         """After a tick nobody counts as a member who was silent for too long."""
@@ -109,11 +112,13 @@ class Referee:
         if load.plan.epoch > self.epoch:
             self.epoch = load.plan.epoch
             self.flying, self.held, self.starts, self.released, self.told_release = {}, {}, {}, set(), set()
+            self.claims, self.known = {}, set()
+            self.carried = {carry.session: carry for carry in load.carries}
 
     def _check_release(self, worker: WorkerId, release: Release) -> None:
         flying = {part.session for step in self.flying.values() for part in step.rows}
         for session in release.sessions:
-            assert session in self.starts
+            assert session in self.starts or session in self.carried
             assert session not in flying
             assert (worker, session) not in self.told_release
             assert self.requests[session].end is not None
@@ -127,16 +132,23 @@ class Referee:
         assert (step.epoch, effect.worker) == (plan.epoch, plan.head)
         assert step.step > self.last_step
         if not self.starts:
-            self.room = self.core._deployment.kv_room.positions
+            self.room = plan.kv_positions
         self.last_step = step.step
         flying = {part.session for other in self.flying.values() for part in other.rows}
         tokens = token_ids(effect.tokens).tolist()
-        assert {new.session for new in step.opens} == {part.session for part in step.rows if part.start == 0}
+        starts = {part.session: part.start for part in step.rows}
+        assert [new.session for new in step.opens] == [part for part in starts if part not in self.known]
+        for new in step.opens:
+            request = self.requests[new.session]
+            history, tokens = tokens[: new.history], tokens[new.history :]
+            assert new.history == starts[new.session]
+            assert history == (request.prompt + request.answer)[: new.history]
+            self.known.add(new.session)
         for part in step.rows:
             request = self.requests[part.session]
             assert request.end is None
             assert part.session not in flying | self.released
-            assert part.start == self.starts.get(part.session, 0)
+            assert part.start == self.starts.get(part.session, self._first_start(part.session))
             log = request.prompt + request.answer
             mine, tokens = tokens[: part.count], tokens[part.count :]
             assert mine == log[part.start : part.start + part.count]
@@ -152,6 +164,14 @@ class Referee:
         places = sorted(self.held.values(), key=lambda place: place.start)
         assert all(one.stop <= other.start for one, other in itertools.pairwise(places))
         assert not places or places[-1].stop <= self.room == plan.kv_positions
+
+    def _first_start(self, session: SessionId) -> int:
+        """Where a session goes on in a new epoch: at the first position that some worker with keys and values lacks."""
+        carry, plan = self.carried.get(session), self.core.plan
+        if carry is None or plan is None:
+            return 0
+        bearers = [share.worker for stage in plan.stages for share in stage.members if len(share.groups)]
+        return min([carry.computed, *(self.claims[worker].get(session, 0) for worker in bearers)])
 
     def _check_end(self, end: SessionEnded | SessionFailed) -> None:
         request = self.requests[end.session]
@@ -171,5 +191,5 @@ class Referee:
     def _check_bounds(self) -> None:
         counts = self.core._sessions.counts
         assert counts.running <= self.policy.max_sessions
-        assert counts.waiting <= self.policy.max_waiting
+        assert counts.waiting <= self.policy.max_waiting + self.policy.max_sessions  # those that ran wait once more
         assert counts.running + counts.waiting == sum(request.end is None for request in self.requests.values())

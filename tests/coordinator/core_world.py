@@ -24,7 +24,9 @@ from coordinator.events import (
     SessionEnded,
     StepFinished,
     Tick,
+    TilesStocked,
     WorkerGone,
+    WorkerLoaded,
     token_ids,
 )
 from coordinator.policy import ClusterPolicy
@@ -32,7 +34,7 @@ from coordinator.state import ClusterState
 from protocol.contract import SLACK_BYTES
 from protocol.errors import ManyhandsError
 from protocol.ids import SessionId, WorkerId
-from protocol.messages import HeartbeatReply, Load, Probe, Release, Step, Unload
+from protocol.messages import Carry, HeartbeatReply, Load, Probe, Release, Step, Stock, Stocked, Unload
 
 CHAOS_S, SETTLE_S = 20.0, 5.0
 MOST_S = 200.0  # by then all must be answered
@@ -135,6 +137,9 @@ class World:
         """Hand an event to the core, check its effects and carry them out."""
         if isinstance(event, StepFinished):
             self.referee.flying.pop(event.done.step, None)
+        if isinstance(event, WorkerLoaded) and event.loaded.epoch == self.referee.epoch:
+            held = {one.session: one.positions for one in event.loaded.held}
+            self.referee.claims.setdefault(event.worker, held)
         effects = self.core.handle(event, self.now)
         self.trace.append((self.now, type(event).__name__))
         self.trace += [(self.now, type(effect).__name__) for effect in effects]
@@ -179,6 +184,7 @@ class SimWorker:
         self.epoch = 0
         self.is_loaded = False
         self.logs: dict[SessionId, FoldedLog] = {}
+        self.carries: tuple[Carry, ...] = ()
         self.heard_at = 0.0
         self.sequence = 0
 
@@ -234,7 +240,11 @@ class SimWorker:
                 self._later(0.3, lambda: reached(self.name, message.probe, *peers))
             case Load() if message.plan.epoch > self.epoch:
                 self.epoch, self.is_loaded, self.logs = message.plan.epoch, False, {}
+                self.carries = message.carries
                 self._load(message.plan.epoch, left=self.world.dice.randint(1, 4))
+            case Stock():
+                stocked = Stocked(order=message.order, done_bytes=1, total_bytes=1, is_over=True)
+                self._later(1.0, lambda: TilesStocked(worker=WorkerId(self.name), stocked=stocked))
             case Unload() if message.epoch == self.epoch:
                 self.is_loaded, self.logs = False, {}
             case Release():
@@ -268,14 +278,24 @@ class SimWorker:
                 self._load(epoch, left=left - 1)
                 return progressed(self.name, epoch, 100 - left)
             self.is_loaded = True
-            return loaded(self.name, epoch)
+            return loaded(self.name, epoch, self._claims())
 
         self._later(1.0, go_on)
+
+    def _claims(self) -> dict[SessionId, int]:
+        """What is left of each carried session here: mostly all, sometimes less or nothing."""
+        dice = self.world.dice
+        kept = [carry for carry in self.carries if dice.random() < 0.8]
+        return {one.session: one.computed if dice.random() < 0.7 else dice.randint(0, one.computed) for one in kept}
 
     def _compute(self, step: Step, tokens: list[int]) -> None:
         if step.epoch != self.epoch or not self.is_loaded:
             return
         answer = []
+        for new in step.opens:
+            self.logs[new.session] = log = FoldedLog()
+            log.extend(tokens[: new.history])
+            tokens = tokens[new.history :]
         for part in step.rows:
             log = self.logs.setdefault(part.session, FoldedLog())
             if log.length != part.start:  # an earlier step was lost on its way

@@ -18,7 +18,7 @@ import pytest
 from coordinator.config import CoordinatorConfig
 from coordinator.daemon import serve
 from coordinator.startup import CLIENT_LINK_FILE, READY_FILE
-from protocol.errors import Cancelled, ConfigInvalid, PeerLost
+from protocol.errors import Cancelled, ConfigInvalid
 from protocol.frames import encode
 from protocol.ids import RequestId, WorkerId
 from protocol.messages import (
@@ -213,7 +213,7 @@ async def test_cancel_ends_the_session_everywhere(model: Path, tmp_path: Path) -
         assert (await ask_one(cluster, max_tokens=1))[0] == "h"
 
 
-async def test_a_lost_worker_ends_answers_with_its_name(model: Path, tmp_path: Path) -> None:
+async def test_an_answer_outlives_the_worker_that_computed_it(model: Path, tmp_path: Path) -> None:
     async with running(model, tmp_path, lease_s=0.3, heartbeat_s=0.05) as cluster:
         head = await cluster.worker("desk", trusted=True)
         head.gate.clear()
@@ -221,14 +221,13 @@ async def test_a_lost_worker_ends_answers_with_its_name(model: Path, tmp_path: P
         await client.ask("hi", max_tokens=100)
         await asyncio.wait_for(head.step_seen.wait(), 20)
         await head.fall_silent()
-        with pytest.raises(PeerLost, match=r"desk was silent for 0\.3 s"):
-            await answer(client)
-        report = await status(client)
-        assert report["phase"] == "waiting" and "desk" in str(report["last_error"])
+        report = await until_phase(client, "waiting")
+        assert "desk was silent for 0.3 s" in str(report["last_error"])
         assert (await head.control.expect(ErrorReport)).code == "peer-lost"
         head.gate.set()
         await head.start(0.05)  # it is back
-        assert (await ask_one(cluster, max_tokens=5))[0] == "hello"
+        text, _ = await answer(client)
+        assert text.startswith("hello")
 
 
 async def test_a_client_that_vanishes_or_falls_silent_is_cancelled(model: Path, tmp_path: Path) -> None:
@@ -254,10 +253,9 @@ async def test_a_head_without_its_data_connection_is_given_up(model: Path, tmp_p
         await until_phase(client, "ready")
         await head.leave_data()
         head.data.socket.close()
-        with pytest.raises(PeerLost, match="desk left: its data connection can't be reached"):
-            while True:  # until the coordinator has noticed that the connection is closed
-                await client.ask("hi", max_tokens=1)
-                await answer(client)
+        await client.ask("hi", max_tokens=1)
+        report = await until_phase(client, "waiting")
+        assert "desk is gone: its data connection can't be reached" in str(report["last_error"])
 
 
 async def test_connections_with_a_nonce_are_told_apart(model: Path, tmp_path: Path) -> None:

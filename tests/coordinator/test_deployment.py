@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 from core_cases import GB, faulted, joined, loaded, make_spec, progressed, reached, sent
 
 from coordinator.deployment import EPOCHS_PER_TERM, Deployment
 from coordinator.events import Effect, Phase, SendControl
-from coordinator.memory import StepBounds
+from coordinator.memory import KvRoom, StepBounds
 from coordinator.planner import PlanRequest
 from coordinator.policy import ClusterPolicy
 from coordinator.registry import Registry
 from coordinator.shares import parse_words
-from protocol.errors import DeadlineExceeded, PeerLost, PlanImpossible, StepFailed
-from protocol.ids import WorkerId
-from protocol.messages import LinkMode, Load, Probe, Unload
+from protocol.errors import DeadlineExceeded, ManyhandsError, PeerLost, PlanImpossible, StepFailed
+from protocol.ids import SessionId, WorkerId
+from protocol.messages import Carry, LinkMode, Load, Probe, Stock, Stocked, Unload
+from protocol.plans import Plan
+
+
+class Service:
+    """Sessions that are as idle as the test says."""
+
+    def __init__(self) -> None:
+        self.is_held = False
+        self.is_idle = self.is_between_steps = True
+        self.num_tokens_shown = self.num_open = 0
+        self.causes: list[str] = []
+
+    def prepare(self, plan: Plan, room: KvRoom) -> tuple[Carry, ...]:
+        return ()
+
+    def serve(self, plan: Plan, held: Mapping[SessionId, int]) -> int:
+        self.is_held = False
+        return 0
+
+    def interrupt(self, error: ManyhandsError, now: float) -> list[Effect]:
+        self.causes.append(error.message)
+        return []
+
+    def rest(self, cause: str, now: float) -> None:
+        self.causes.append(cause)
 
 
 class Stand:
@@ -29,13 +56,13 @@ class Stand:
             step=StepBounds(rows=16, sampled=4),
         )
         self.registry = Registry(policy.lease_s)
-        self.core = Deployment(request, policy, self.registry, term=term)
+        self.service = Service()
+        self.core = Deployment(request, policy, self.registry, self.service, term=term)
         self.now = 0.0
-        self.is_idle = True
 
     def advance(self, seconds: float = 0.0) -> list[Effect]:
         self.now += seconds
-        return self.core.advance(self.now, is_idle=self.is_idle)
+        return self.core.advance(self.now)
 
     def join(self, *names: str, budget_bytes: int = GB) -> list[Effect]:
         effects: list[Effect] = []
@@ -52,16 +79,21 @@ class Stand:
     def answer_probe(self, *pairs: tuple[str, str]) -> list[Effect]:
         """Every probed worker answers; `pairs` (from, to) are the links that work."""
         effects: list[Effect] = []
-        for worker in list(self.core._unanswered):
-            event = reached(worker, self.core._probe, *(to for start, to in pairs if start == worker))
+        for worker in list(self.core._reach.unanswered):
+            event = reached(worker, self.core._reach.probe, *(to for start, to in pairs if start == worker))
             self.core.reached(event.worker, event.reached)
             effects += self.advance()
         return effects
 
-    def load_all(self) -> None:
-        for worker in list(self.core._loading):
+    def load_all(self) -> list[Effect]:
+        for worker in self.core._watch.awaited:
             event = loaded(worker, self.core.epoch)
             self.core.loaded(event.worker, event.loaded)
+        return self.advance()
+
+    def stocked(self, name: str, order: int, *, error: str = "") -> None:
+        done = Stocked(order=order, done_bytes=1, total_bytes=1, is_over=True, error=error)
+        self.core.stocked(WorkerId(name), done, self.now)
 
     def fault(self, name: str, *, lost: str = "", epoch: int | None = None) -> list[Effect]:
         event = faulted(name, self.core.epoch if epoch is None else epoch, lost=lost)
@@ -105,12 +137,11 @@ def test_from_probe_to_ready() -> None:
     loads = sent(Load, effects)
     assert [order.mode for order in loads["b"].links] == [LinkMode.DIAL]
     assert [order.mode for order in loads["head"].links] == [LinkMode.LISTEN]
-    assert all(control.wants_manifest for control in effects if isinstance(control, SendControl))
+    assert all(control.tiles for control in effects if isinstance(control, SendControl))
     assert stand.core.epoch == EPOCHS_PER_TERM + 1 == loads["b"].plan.epoch
     assert stand.core.ready_plan is None
     stand.load_all()
     assert stand.core.ready_plan is loads["b"].plan
-    assert stand.core.kv_room.positions > 0
 
 
 def test_a_lone_worker_needs_no_probe() -> None:
@@ -121,7 +152,7 @@ def test_a_lone_worker_needs_no_probe() -> None:
 def test_who_does_not_answer_the_probe_is_relayed() -> None:
     stand = Stand(PAIR)
     stand.join("head", "b")
-    event = reached("b", stand.core._probe)
+    event = reached("b", stand.core._reach.probe)
     stand.core.reached(event.worker, event.reached)
     assert stand.advance(2.9) == []
     loads = sent(Load, stand.advance(0.1))
@@ -133,9 +164,9 @@ def test_who_does_not_answer_the_probe_is_relayed() -> None:
 def test_an_answer_to_an_older_probe_is_ignored() -> None:
     stand = Stand(PAIR)
     stand.join("head", "b")
-    event = reached("b", stand.core._probe - 1, "head")
+    event = reached("b", stand.core._reach.probe - 1, "head")
     stand.core.reached(event.worker, event.reached)
-    assert stand.core._unanswered == {"head", "b"}
+    assert stand.core._reach.unanswered == {"head", "b"}
 
 
 def test_losing_a_worker_while_probing_starts_over_without_a_pause() -> None:
@@ -177,8 +208,7 @@ def test_a_fault_unloads_all_and_pauses_twice_as_long_each_time() -> None:
         assert stand.core.error.node == "b"
         assert f"pausing {pause_s} s" in stand.core.detail
         assert stand.advance(pause_s - 0.1) == []
-        assert sent(Probe, stand.advance(0.1))
-        stand.answer_probe()
+        assert set(sent(Load, stand.advance(0.1))) == {"head", "b"}  # their links are known
         stand.load_all()
         assert stand.core.epoch == epoch + 1
 
@@ -190,7 +220,7 @@ def test_a_step_that_succeeds_ends_the_long_pauses() -> None:
         stand.advance(30.0)
         stand.answer_probe()
         stand.load_all()
-    stand.core.succeeded()
+    stand.core.succeeded(stand.now)
     stand.fault("b")
     assert "pausing 1 s" in stand.core.detail
 
@@ -221,13 +251,60 @@ def test_loading_fails_only_without_progress() -> None:
     assert stand.core.error.node == "b"
 
 
-def test_a_lost_worker_ends_a_ready_plan_and_an_explicit_one_waits_for_it() -> None:
+def test_a_lost_worker_is_answered_at_once_by_a_plan_for_those_who_are_left() -> None:
     stand = Stand(PAIR).make_ready("head", "b")
-    effects = stand.lose("b")
-    assert set(sent(Unload, effects)) == {"head"}
+    (load,) = sent(Load, stand.lose("b")).values()
+    assert (load.plan.words, load.plan.workers) == ("1", ("head",))
     assert stand.core.ready_plan is None
-    assert stand.core.detail == "waiting for 1 of 2 workers; here: head"
-    assert set(sent(Probe, stand.join("b"))) == {"head", "b"}
+    assert stand.service.causes == ["b is gone"]
+    stand.load_all()
+    assert stand.core.phase is Phase.READY
+    assert stand.core.detail == "some seats of plan 1/1 are empty"
+
+
+def test_who_comes_back_takes_its_seat_again() -> None:
+    """Also while sessions run: its tiles are fetched beside them, and the plan changes between two steps."""
+    stand = Stand(ClusterPolicy(plan_words="1,1/1")).make_ready("head", "b", "c")
+    stand.lose("b")
+    stand.load_all()
+    assert stand.core.plan is not None
+    assert stand.core.plan.words == "1/1"
+    stand.service.is_idle = stand.service.is_between_steps = False
+    assert set(sent(Probe, stand.join("b"))) == {"head", "b", "c"}
+    effects = stand.answer_probe(("b", "head"))
+    assert stand.service.is_held  # its disk has the tiles from before, so there is nothing to fetch
+    assert sent(Load, effects) == {}
+    stand.service.is_between_steps = True
+    loads = sent(Load, stand.advance())
+    assert set(loads) == {"head", "b", "c"}
+    assert loads["b"].plan.words == "1,1/1"
+    assert [share.worker for stage in loads["b"].plan.stages for share in stage.members] == ["head", "b", "c"]
+
+
+def test_a_newcomer_fetches_its_tiles_before_anybody_pauses() -> None:
+    stand = Stand(PAIR).make_ready("head", "b")
+    stand.lose("b")
+    stand.load_all()
+    stand.service.is_idle = False
+    stand.join("d")
+    stocks = sent(Stock, stand.answer_probe())
+    assert set(stocks) == {"d"}
+    assert not stand.service.is_held
+    stand.stocked("d", stocks["d"].order)
+    assert set(sent(Load, stand.advance())) == {"head", "d"}
+
+
+def test_a_newcomer_that_can_not_fetch_changes_nothing() -> None:
+    stand = Stand(PAIR).make_ready("head", "b")
+    stand.lose("b")
+    stand.load_all()
+    stand.service.is_idle = False
+    stand.join("d")
+    stocks = sent(Stock, stand.answer_probe())
+    stand.stocked("d", stocks["d"].order, error="its disk is full")
+    assert sent(Load, stand.advance()) == {}
+    assert not stand.service.is_held
+    assert stand.core.phase is Phase.READY
 
 
 def test_a_newcomer_takes_the_seat_of_the_lost_one() -> None:
@@ -253,8 +330,7 @@ def test_a_spare_that_leaves_disturbs_nobody() -> None:
 
 def test_an_automatic_plan_goes_on_over_who_is_left() -> None:
     stand = Stand(ClusterPolicy(workers=3)).make_ready("head", "b", "c")
-    assert set(sent(Probe, stand.lose("c"))) == {"head", "b"}
-    stand.answer_probe()
+    assert set(sent(Load, stand.lose("c"))) == {"head", "b"}  # how these two reach each other is known
     stand.load_all()
     assert set(sent(Load, stand.lose("b"))) == {"head"}
     stand.load_all()
@@ -264,12 +340,14 @@ def test_an_automatic_plan_goes_on_over_who_is_left() -> None:
 
 def test_newcomers_enter_when_no_session_runs() -> None:
     stand = Stand(ClusterPolicy()).make_ready("head")
-    stand.is_idle = False
+    stand.service.is_idle = False
     assert stand.join("b") == []
-    stand.is_idle = True
-    effects = stand.advance()
-    assert set(sent(Unload, effects)) == {"head"}
-    assert set(sent(Probe, effects)) == {"head", "b"}
+    stand.service.is_idle = True
+    assert set(sent(Probe, stand.advance())) == {"head", "b"}
+    stocks = sent(Stock, stand.answer_probe())
+    assert set(stocks) == {"b"}
+    stand.stocked("b", stocks["b"].order)
+    assert set(sent(Load, stand.advance())) == {"head", "b"}
 
 
 def test_a_newcomer_that_can_not_help_changes_nothing() -> None:

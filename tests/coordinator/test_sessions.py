@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 from core_cases import GB, arrived, done, make_spec, of, sent, steps
 
@@ -28,6 +30,7 @@ from protocol.errors import (
     PeerLost,
     PromptTooLong,
     RequestInvalid,
+    StepFailed,
 )
 from protocol.ids import SessionId, WorkerId
 from protocol.messages import FinishReason, Release, SampledToken, Step, StepDone, Usage
@@ -43,11 +46,16 @@ def make_test_plan(words: str = "1/1", epoch: int = 1) -> Plan:
     return make_plan(request, [Candidate(worker=WorkerId(name), budget_bytes=GB) for name in names], epoch=epoch)
 
 
+def serve(sessions: Sessions, plan: Plan, room: KvRoom, held: Mapping[SessionId, int] | None = None) -> int:
+    sessions.prepare(plan, room)
+    return sessions.serve(plan, held or {})
+
+
 def serving(
     policy: ClusterPolicy | None = None, *, positions: int = 10_000, words: str = "1/1", epoch: int = 1
 ) -> Sessions:
     sessions = Sessions(SPEC, policy or ClusterPolicy(prefill_chunk=8))
-    sessions.serve(make_test_plan(words, epoch), KvRoom(positions, WorkerId("b")))
+    serve(sessions, make_test_plan(words, epoch), KvRoom(positions, WorkerId("b")))
     return sessions
 
 
@@ -123,7 +131,7 @@ def test_what_can_never_fit_is_refused_with_numbers() -> None:
 
 def test_room_that_a_setting_bounds_names_the_setting() -> None:
     sessions = Sessions(SPEC, ClusterPolicy(prefill_chunk=8))
-    sessions.serve(make_test_plan(), KvRoom(20, None))
+    serve(sessions, make_test_plan(), KvRoom(20, None))
     error = error_of(begin(sessions, 1, prompt=range(18), max_tokens=3))
     assert "there is room for 20" in error.message
     assert "--kv-positions" in error.remedy
@@ -171,7 +179,7 @@ def test_what_turns_out_never_to_fit_is_passed_over() -> None:
     sessions = Sessions(SPEC, ClusterPolicy())
     begin(sessions, 1, prompt=range(30))
     begin(sessions, 2)
-    sessions.serve(make_test_plan(), KvRoom(20, WorkerId("b")))
+    serve(sessions, make_test_plan(), KvRoom(20, WorkerId("b")))
     effects = sessions.schedule(1.0)
     assert isinstance(error_of(effects), PromptTooLong)
     assert [part.session for part in steps(effects)[0].rows] == [2]
@@ -252,7 +260,7 @@ def test_step_numbers_rise_over_epochs() -> None:
     sessions = serving(words="1")
     (first,) = steps(begin(sessions, 1))
     sessions.interrupt(PeerLost("b is gone"), 1.0)
-    sessions.serve(make_test_plan(epoch=2), KvRoom(100, WorkerId("b")))
+    serve(sessions, make_test_plan("1", epoch=2), KvRoom(100, WorkerId("b")))
     (second,) = steps(begin(sessions, 2))
     assert second.step > first.step
     assert (first.epoch, second.epoch) == (1, 2)
@@ -347,16 +355,97 @@ def test_cancelling_between_steps_releases_at_once() -> None:
 # ---------------------------------------------------------------- plans that end
 
 
-def test_a_lost_plan_fails_what_runs_and_keeps_what_waits() -> None:
+def test_a_lost_plan_puts_what_ran_in_front_of_what_waits() -> None:
     sessions = serving(ClusterPolicy(max_sessions=2))
     begin(sessions, 1, 2, 3)
-    failed = of(SessionFailed, sessions.interrupt(PeerLost("b is gone", node="b"), 1.0))
-    assert [(one.session, one.error.node) for one in failed] == [(1, "b"), (2, "b")]
-    assert sessions.counts.waiting == 1
+    assert sessions.interrupt(PeerLost("b is gone", node="b"), 1.0) == []
+    assert (sessions.counts.running, sessions.counts.waiting) == (0, 3)
     assert sessions.schedule(1.0) == []
-    sessions.serve(make_test_plan(epoch=2), KvRoom(100, WorkerId("b")))
+    serve(sessions, make_test_plan(epoch=2), KvRoom(100, WorkerId("b")))
+    (first, second) = steps(sessions.schedule(2.0))
+    assert [new.session for step in (first, second) for new in step.opens] == [1, 2]
+
+
+def decoding(num_tokens: int, *, epoch: int = 1) -> Sessions:
+    """Session 1 with a prompt of 3 tokens and so many tokens of its answer, which are 50, 51 and so on."""
+    sessions = serving(words="1", epoch=epoch)
+    (step,) = steps(begin(sessions, 1, max_tokens=20))
+    for token in range(50, 50 + num_tokens):
+        sessions.step_finished(done(step, token), 1.0)
+        (step,) = steps(sessions.schedule(1.0))
+    return sessions
+
+
+@pytest.mark.parametrize(("held", "start", "count"), [({}, 0, 8), ({1: 5}, 5, 3), ({1: 7}, 7, 1), ({1: 99}, 7, 1)])
+def test_a_session_goes_on_where_the_workers_end(held: dict[SessionId, int], start: int, count: int) -> None:
+    """Its log has 8 tokens, of which 7 were computed; the head is told all that lies before the first row."""
+    sessions = decoding(5)
+    sessions.interrupt(PeerLost("b is gone"), 2.0)
+    plan = make_test_plan("1", 2)
+    (carry,) = sessions.prepare(plan, KvRoom(100, WorkerId("b")))
+    assert (carry.session, carry.at, carry.capacity, carry.computed) == (1, 0, 23, 7)
+    assert sessions.serve(plan, held) == 7 - start
+    (sent,) = of(SendStep, sessions.schedule(2.0))
+    (rows,) = sent.step.rows
+    assert (rows.start, rows.count, rows.sample) == (start, count, True)
+    assert [(new.session, new.history) for new in sent.step.opens] == [(1, start)]
+    assert token_ids(sent.tokens).tolist() == [1, 2, 3, 50, 51, 52, 53, 54]
+
+
+def test_what_was_said_is_not_said_again() -> None:
+    sessions = decoding(5)
+    sessions.interrupt(PeerLost("b is gone"), 2.0)
+    serve(sessions, make_test_plan("1", 2), KvRoom(100, WorkerId("b")))
     (step,) = steps(sessions.schedule(2.0))
-    assert [new.session for new in step.opens] == [3]
+    (committed,) = of(TokensCommitted, sessions.step_finished(done(step, 55), 3.0))
+    assert (committed.index, committed.tokens) == (5, (55,))
+
+
+def test_an_answer_tells_who_computed_it_and_why_that_changed() -> None:
+    sessions = decoding(5)
+    sessions.interrupt(PeerLost("b is gone"), 2.0)
+    serve(sessions, make_test_plan("1", 2), KvRoom(100, WorkerId("b")), {SessionId(1): 4})
+    ended = sessions.cancel(RequestCancelled(session=SessionId(1)), 3.0)[0]
+    assert isinstance(ended, SessionEnded)
+    legs = [(leg.epoch, leg.start, leg.repeated, leg.cause) for leg in ended.legs]
+    assert legs == [(1, 0, 0, ""), (2, 5, 3, "b is gone")]
+    assert ended.legs[0].stages[0].startswith("layers 0 to ")
+
+
+def test_who_finds_no_place_any_more_waits_and_begins_anew() -> None:
+    sessions = decoding(5)
+    sessions.interrupt(PeerLost("b is gone"), 2.0)
+    plan = make_test_plan("1", 2)
+    assert sessions.prepare(plan, KvRoom(20, WorkerId("b"))) == ()
+    assert (sessions.counts.running, sessions.counts.waiting) == (0, 1)
+
+
+@pytest.mark.parametrize(("error", "times"), [(PeerLost("b is gone"), 12), (StepFailed("it broke"), 4)])
+def test_a_session_that_ends_epochs_time_and_again_fails(error: ManyhandsError, times: int) -> None:
+    sessions = decoding(1)
+    for epoch in range(2, times + 1):
+        assert sessions.interrupt(error, 2.0) == []
+        serve(sessions, make_test_plan("1", epoch), KvRoom(100, WorkerId("b")))
+        assert steps(sessions.schedule(2.0))
+    assert error_of(sessions.interrupt(error, 2.0)) is error
+
+
+def test_progress_forgives_setbacks() -> None:
+    sessions = decoding(1)
+    for epoch in range(2, 10):
+        assert sessions.interrupt(StepFailed("it broke"), 2.0) == []
+        serve(sessions, make_test_plan("1", epoch), KvRoom(100, WorkerId("b")), {SessionId(1): 99})
+        (step,) = steps(sessions.schedule(2.0))
+        assert of(TokensCommitted, sessions.step_finished(done(step, 60), 2.0))
+        assert steps(sessions.schedule(2.0))
+
+
+def test_while_held_no_step_begins() -> None:
+    sessions = decoding(1)
+    sessions.is_held = True
+    begin(sessions, 2)
+    assert sessions.schedule(3.0) == []
+    assert not sessions.is_between_steps
 
 
 def test_a_step_that_ends_after_its_plan_is_ignored() -> None:
@@ -364,7 +453,7 @@ def test_a_step_that_ends_after_its_plan_is_ignored() -> None:
     (step,) = steps(begin(sessions, 1))
     sessions.interrupt(PeerLost("b is gone"), 1.0)
     assert sessions.step_finished(done(step, 5), 1.0) == []
-    assert sessions.oldest_step_at is None
+    assert sessions.steps.oldest_at is None
 
 
 def test_waiting_for_a_plan_has_a_deadline_that_says_what_is_missing() -> None:
@@ -381,7 +470,7 @@ def test_the_deadline_counts_from_the_loss_of_the_plan() -> None:
     begin(sessions, 1, 2)
     sessions.interrupt(PeerLost("b is gone"), 100.0)
     assert sessions.expire(159.0, "") == []
-    assert len(sessions.expire(160.0, "")) == 1
+    assert len(sessions.expire(160.0, "")) == 2
 
 
 def test_stopping_fails_everything_and_everybody_after() -> None:

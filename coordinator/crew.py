@@ -1,0 +1,139 @@
+"""Whom the cluster waits for, whom it lets go, and whether a newcomer is worth a pause.
+
+Knows nothing of plans' lives or of links.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from coordinator.drafting import Draft
+from coordinator.events import SendControl
+from coordinator.memory import need_of
+from coordinator.planner import PlanRequest
+from coordinator.policy import ClusterPolicy
+from coordinator.probation import Probation
+from coordinator.registry import Member, Registry
+from coordinator.seating import Seats
+from protocol.ids import WorkerId
+from protocol.messages import Goodbye
+
+
+class Crew:
+    """The workers of a cluster over time. `seats`: who has which share, or had before the coordinator's restart."""
+
+    def __init__(self, request: PlanRequest, policy: ClusterPolicy, registry: Registry, seats: Seats) -> None:
+        self._request = request
+        self._policy = policy
+        self._registry = registry
+        self.seats = seats
+        self.probation = Probation(policy.probation_s)
+        self._was_whole = bool(seats)
+        self._awaits_return = bool(seats)
+        self._return_until: float | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every seat is taken."""
+        return None not in self.seats
+
+    def seated(self, seats: Seats) -> None:
+        """Remember the seats of a plan that is loaded; from then on a smaller crew will do."""
+        self.seats = seats
+        self._was_whole = True
+
+    def signature(self, members: Iterable[Member] | None = None) -> frozenset[object]:
+        """Return what tells one crew from another: names and incarnations."""
+        return frozenset((one.worker, one.incarnation) for one in (self._registry if members is None else members))
+
+    def missing(self, now: float) -> str:
+        """Say which workers are still wanted; empty when there are enough.
+
+        The first plan waits for all that were asked for; later ones go on with who is left, but for a while after the
+        coordinator's own restart.
+        """
+        here = [member.worker for member in self._registry]
+        if self._registry.head is None:
+            return f"waiting for a trusted worker to be the head; {len(here)} other workers are here"
+        if self._awaits_return:
+            return self._missing_after_restart(now)
+        wanted = self._request.num_workers or self._policy.workers
+        if not self._was_whole and len(here) < wanted:
+            return f"waiting for {wanted - len(here)} of {wanted} workers; here: {', '.join(here)}"
+        return ""
+
+    def _missing_after_restart(self, now: float) -> str:
+        if self._return_until is None:
+            self._return_until = now + self._policy.return_s
+        away = [worker for worker in self.seats if worker is not None and worker not in self._registry]
+        self._awaits_return = bool(away) and now < self._return_until
+        return f"waiting for {', '.join(away)} to come back" if self._awaits_return else ""
+
+    def pays(self, current: Draft, better: Draft, num_open: int) -> bool:
+        """Say whether a plan is worth a short pause of running sessions.
+
+        It is when a seat was empty that is taken now, when less must be read from disks, or when there are more
+        requests than stages to compute them and there will be more stages.
+        """
+        if better.seating.seats.count(None) < current.seating.seats.count(None):
+            return True
+        stages, more = len(current.plan.stages), len(better.plan.stages)
+        return _streamed_bytes(better) < _streamed_bytes(current) or stages < min(more, num_open)
+
+    def state_of(self, member: Member, now: float) -> str:
+        """Say in a few words what is special about a member; empty when nothing is."""
+        if member.is_leaving:
+            return "leaving: it hands over first"
+        if member.paused:
+            return f"paused: {member.paused}"
+        left_s = self.probation.left_s(member.worker, now)
+        if left_s:
+            return f"on probation for {left_s:.0f} s: it was lost time and again"
+        return "suspect: far behind its own pace" if member.is_suspect else ""
+
+    # ------------------------------------------------------------ leaving
+
+    def must_stop(self, worker: WorkerId) -> bool:
+        """Say whether a worker may not be used any more, whatever it costs: its owner says so."""
+        member = self._registry.get(worker)
+        return member is not None and bool(member.paused)
+
+    def let_go(self, going: Iterable[WorkerId]) -> list[SendControl]:
+        """Nobody can take over from these: who wants to leave itself may; who was asked to by others stays."""
+        effects = []
+        for worker in going:
+            member = self._registry.get(worker)
+            if member is None or not member.is_leaving:
+                continue
+            if member.is_own_wish:
+                effects += self._dismiss(member, "nobody could take over")
+            else:
+                member.is_leaving = False
+        return effects
+
+    def dismiss(self, needed: Collection[WorkerId]) -> list[SendControl]:
+        """Say goodbye to those who want to leave and are not needed any more; a head alone is let go as it is."""
+        effects = []
+        for member in self._registry:
+            alone = member is self._registry.head and member.is_own_wish
+            if member.is_leaving and (member.worker not in needed or alone):
+                effects += self._dismiss(member, "handed over")
+        return effects
+
+    @staticmethod
+    def _dismiss(member: Member, reason: str) -> list[SendControl]:
+        if member.is_dismissed:
+            return []
+        member.is_dismissed = True
+        return [SendControl(worker=member.worker, message=Goodbye(reason=reason))]
+
+
+def _streamed_bytes(draft: Draft) -> int:
+    """Return the bytes of weights that don't fit into the workers' memory."""
+    step = draft.seating.request.step
+    needs = [
+        (need_of(draft.plan, one, step), one.budget_bytes)
+        for one in draft.candidates
+        if one.worker in draft.plan.workers
+    ]
+    return sum(max(0, need.total_bytes - budget) for need, budget in needs)

@@ -1,0 +1,119 @@
+"""From who is here to a plan: which workers may be used, who takes which share, and what should be ready for a loss.
+
+Knows nothing of time's passing, links or sessions.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from coordinator.memory import Candidate, KvRoom, kv_room
+from coordinator.planner import PlanRequest, Reach, make_plan
+from coordinator.probation import Probation
+from coordinator.registry import Member, Registry
+from coordinator.seating import Seating, Seats, seat
+from protocol.errors import BudgetTooSmall, InvariantBroken, PlanImpossible
+from protocol.ids import WorkerId
+from protocol.messages import DeviceProfile
+from protocol.plans import Plan
+
+MAX_SUCCESSORS = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """A plan that could be loaded, and all that it was made of."""
+
+    seating: Seating
+    candidates: tuple[Candidate, ...]
+    plan: Plan
+
+    def with_hubs(self, reach: Reach) -> Draft:
+        """Return the same with hubs chosen by what the probes found."""
+        plan = make_plan(self.seating.request, self.candidates, epoch=self.plan.epoch, reach=reach)
+        return replace(self, plan=plan)
+
+    def room(self) -> KvRoom:
+        """Return the room for sessions under it."""
+        request = self.seating.request
+        return kv_room(self.plan, self.candidates, request.step, request.kv_positions)
+
+    def is_like(self, plan: Plan) -> bool:
+        """Say whether everybody would hold what they hold under `plan`."""
+        return _holdings(self.plan) == _holdings(plan)
+
+
+def _holdings(plan: Plan) -> tuple[object, ...]:
+    return (plan.head, *((stage.layers, stage.members) for stage in plan.stages))
+
+
+class Drafter:
+    """Drafts plans of one request over the members of a registry."""
+
+    def __init__(self, request: PlanRequest, registry: Registry, probation: Probation) -> None:
+        self._request = request
+        self._registry = registry
+        self._probation = probation
+
+    def usable(self, now: float) -> list[Member]:
+        """Return the members that a plan should use; the head in any case."""
+        head = self._registry.head
+        return [member for member in self._registry if member is head or self._is_usable(member, now)]
+
+    def draft(self, seats: Seats, now: float, *, epoch: int, reach: Reach = frozenset()) -> Draft:
+        """Return a plan over the usable members, and over those on probation as well when it takes them.
+
+        An explicit plan that its workers' memory can't hold any more gives way to an automatic one. Raises
+        PlanImpossible, BudgetTooSmall.
+        """
+        usable = self.usable(now)
+        willing = [member for member in self._registry if member in usable or self._is_willing(member)]
+        try:
+            return self._over(usable, seats, epoch, reach)
+        except (PlanImpossible, BudgetTooSmall):
+            if len(willing) == len(usable):
+                raise
+            return self._over(willing, seats, epoch, reach)
+
+    def successors(self, draft: Draft, losses: int) -> Iterator[Plan]:
+        """Yield the plans that would follow when up to so many of a plan's workers, but the head, were lost at once."""
+        members = {member.worker: member for member in self._registry}
+        others = [worker for worker in draft.plan.workers if worker != draft.plan.head and worker in members]
+        lost = (gone for count in range(1, losses + 1) for gone in itertools.combinations(others, count))
+        for gone in itertools.islice(lost, MAX_SUCCESSORS):
+            left = [members[worker] for worker in draft.plan.workers if worker in members and worker not in gone]
+            try:
+                yield self._over(left, draft.seating.seats, draft.plan.epoch, frozenset()).plan
+            except (PlanImpossible, BudgetTooSmall):
+                continue  # nobody could take over: there is nothing to get ready
+
+    def _over(self, members: Collection[Member], seats: Seats, epoch: int, reach: Reach) -> Draft:
+        head = self._registry.head
+        if head is None:
+            raise InvariantBroken("a plan was begun without a head")
+        others = [member.worker for member in members if member is not head]
+        profiles = {member.worker: member.profile for member in members}
+        seating = seat(self._request, head.worker, others, seats)
+        try:
+            return _draft(seating, profiles, epoch, reach)
+        except (PlanImpossible, BudgetTooSmall):
+            if self._request.shares is None or seating.is_complete:
+                raise
+        # Words are for the whole crew; of who is left everybody takes what it can.
+        automatic = seat(replace(self._request, shares=None), head.worker, others, seats)
+        return _draft(replace(automatic, seats=seating.seats), profiles, epoch, reach)
+
+    def _is_usable(self, member: Member, now: float) -> bool:
+        return self._is_willing(member) and not self._probation.left_s(member.worker, now)
+
+    @staticmethod
+    def _is_willing(member: Member) -> bool:
+        return not member.is_leaving and not member.paused
+
+
+def _draft(seating: Seating, profiles: Mapping[WorkerId, DeviceProfile], epoch: int, reach: Reach) -> Draft:
+    candidates = tuple(Candidate.of(name, profiles[name]) for name in seating.order)
+    plan = make_plan(seating.request, candidates, epoch=epoch, reach=reach)
+    return Draft(seating=seating, candidates=candidates, plan=plan)
