@@ -50,7 +50,7 @@ class CoordinatorConfig:
     cache_dir: Path | None = setting(None, "folder of tile hashes; default: $XDG_CACHE_HOME/manyhands/coordinator")
     tile_cache: NumBytesText = setting("256MiB", "memory for tiles that several workers fetch")
     heartbeat_s: float = setting(0.5, "how often a worker tells that it lives")
-    lease_s: float = setting(3.0, "silence after which a worker counts as lost")
+    lease_s: float = setting(2.8, "silence after which a worker counts as lost")
     load_timeout_s: float = setting(60.0, "how long loading may stand still")
     step_timeout_s: float = setting(60.0, "how long a step may stand still on all workers")
     form_timeout_s: float = setting(60.0, "how long a request waits while the model can't form")
@@ -61,6 +61,10 @@ class CoordinatorConfig:
     kv_positions: int = setting(
         DEFAULT_KV_POSITIONS, "tokens of all requests together that are remembered, if memory allows"
     )
+    spares: int = setting(0, "keep the tiles at hand that the loss of so many workers at once would need elsewhere")
+    replicate_kv: bool = setting(False, "keep copies of keys and values with who would take over from a lost worker")
+    probation_s: float = setting(30.0, "how long a worker that is lost time and again must stay to be used; 0: no rule")
+    return_s: float = setting(10.0, "how long a restarted coordinator waits for the workers that it had")
     invite_hours: float = setting(24.0, "how long a join link is good for")
     exit_on_stdin_close: bool = setting(False, "end when standard input is closed (for a parent process)")
 
@@ -127,6 +131,10 @@ class CoordinatorConfig:
             max_waiting=self.max_waiting,
             prefill_chunk=self.prefill_chunk,
             kv_positions=self.kv_positions,
+            spares=self.spares,
+            replicate_kv=self.replicate_kv,
+            probation_s=self.probation_s,
+            return_s=self.return_s,
         )
 
 

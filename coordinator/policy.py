@@ -29,7 +29,7 @@ class ClusterPolicy:
     workers: int = 1
     head_only: bool = False
     heartbeat_s: float = 0.5
-    lease_s: float = 3.0
+    lease_s: float = 2.8
     probe_timeout_s: float = 3.0
     load_timeout_s: float = 60.0  # without a LoadProgress that got further
     step_timeout_s: float = 60.0  # without progress on any worker of the plan
