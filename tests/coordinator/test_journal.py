@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import coordinator.database
 import coordinator.journal
 from coordinator.admission import Enrolment, Pin, Token
 from coordinator.journal import Journal
@@ -28,12 +29,18 @@ def test_everything_survives_a_restart(tmp_path: Path) -> None:
     journal.put_client("local", b"d" * 40)
     journal.put_client("local", b"c" * 40)
     journal.record(Enrolment(pin=PIN, token=SPENT, is_repeat=False))
+    assert (journal.seats(), journal.port()) == ((), 0)
+    for seats in (("pi", "desk", "pad"), ("pad", "pi")):
+        journal.put_seats([WorkerId(worker) for worker in seats])
+    for port in (7411, 40_001):
+        journal.put_port(port)
     journal.close()
     again = Journal.open(path)
     assert again.begin_term("another name") == ("home", 2)
     assert again.pins() == [PIN]
     assert again.tokens() == [SPENT]
     assert again.clients() == [b"c" * 40]
+    assert (again.seats(), again.port()) == (("pad", "pi"), 40_001)
     again.close()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
@@ -69,10 +76,22 @@ def test_enrolment_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_a_second_coordinator_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coordinator.journal, "LOCK_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(coordinator.database, "LOCK_TIMEOUT_S", 0.01)
     journal = Journal.open(tmp_path / "journal.db")
     with pytest.raises(ConfigInvalid, match="in use by another coordinator"):
         Journal.open(tmp_path / "journal.db")
+    journal.close()
+
+
+def test_a_file_of_the_first_schema_is_brought_up_to_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as past:
+        past.setattr(coordinator.journal, "MIGRATIONS", coordinator.journal.MIGRATIONS[:1])
+        journal = Journal.open(tmp_path / "journal.db")
+        journal.put_pin(PIN)
+        journal.close()
+    journal = Journal.open(tmp_path / "journal.db")
+    journal.put_port(7411)
+    assert (journal.pins(), journal.port()) == ([PIN], 7411)
     journal.close()
 
 
@@ -81,7 +100,7 @@ def test_a_newer_file_is_left_alone(tmp_path: Path) -> None:
     db = sqlite3.connect(path)
     db.execute("PRAGMA user_version = 99")
     db.close()
-    with pytest.raises(ConfigInvalid, match=r"newer manyhands .schema 99; this release knows 1"):
+    with pytest.raises(ConfigInvalid, match=r"newer manyhands .schema 99; this release knows 2"):
         Journal.open(path)
 
 
@@ -131,7 +150,7 @@ def test_a_folder_that_is_no_folder(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_storage_full(tmp_path: Path) -> None:
     journal = Journal.open(tmp_path / "journal.db")
-    journal._db.execute("PRAGMA max_page_count = 8")
+    journal._database._db.execute("PRAGMA max_page_count = 8")
     with pytest.raises(StorageFull, match="full"):
         for number in range(10_000):
             journal.add_token(Token(public_key=b"%040d" % number, trusted=False, expires_at_s=1.0))
