@@ -114,6 +114,15 @@ class Actor:
         """Send frames as they are to a worker's data connection and say whether they were taken."""
         return self._exchange.send(self.routing_id(worker, Channel.DATA), frames)
 
+    def follow(self, routing_id: bytes) -> None:
+        """Have the break of the connection told by which the message came that is being handled."""
+        self._exchange.follow(routing_id)
+
+    def lose(self, worker: WorkerId, reason: str) -> None:
+        """Tell the core that a worker can't be reached any more; steps held for it are dropped."""
+        self._forget(worker)
+        self.run(WorkerGone(worker=worker, reason=reason))
+
     def retry_held(self) -> None:
         """Try again to send steps to a head that was not connected; give it up when its time is over."""
         now, held = self.clock(), self._held
@@ -123,7 +132,7 @@ class Actor:
                 self._held.append(one)  # behind one that still waits: steps stay in order
         overdue = {one.worker for one in self._held if now >= one.deadline}
         for worker in overdue:
-            self._lose(worker, "its data connection can't be reached")
+            self.lose(worker, "its data connection can't be reached")
 
     def _carry_out(self, effect: Effect) -> None:
         match effect:
@@ -152,19 +161,15 @@ class Actor:
     def _send_control(self, effect: SendControl) -> None:
         payload = None if effect.tiles is None else pack_manifest(self._entries[tile] for tile in effect.tiles)
         if not self.send(self.routing_id(effect.worker, Channel.CONTROL), effect.message, payload):
-            self._lose(effect.worker, "its control connection can't be reached")
+            self.lose(effect.worker, "its control connection can't be reached")
 
     def _send_step(self, effect: SendStep) -> None:
         frames = encode(effect.step, effect.tokens)
         if any(one.worker == effect.worker for one in self._held) or not self.forward(effect.worker, frames):
             if len(self._held) >= MAX_HELD:
-                self._lose(effect.worker, "it does not take its steps")
+                self.lose(effect.worker, "it does not take its steps")
                 return
             self._held.append(_Held(effect.worker, frames, self.clock() + self._patience_s))
-
-    def _lose(self, worker: WorkerId, reason: str) -> None:
-        self._forget(worker)
-        self.run(WorkerGone(worker=worker, reason=reason))
 
     def _forget(self, worker: WorkerId) -> None:
         self._held = deque(one for one in self._held if one.worker != worker)

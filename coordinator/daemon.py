@@ -26,7 +26,7 @@ from coordinator.client_side import ClientSide
 from coordinator.config import CoordinatorConfig, with_port
 from coordinator.desk import Desk, Say
 from coordinator.events import Stopping, Tick
-from coordinator.exchange import Exchange
+from coordinator.exchange import Broken, Exchange
 from coordinator.invitations import Invitations
 from coordinator.startup import Home, Model, Progress, open_model, told_progress
 from coordinator.state import ClusterState
@@ -205,7 +205,11 @@ class Daemon:
     async def _receive(self) -> None:
         num_taken = 0
         while True:
-            self._switchboard.take(await self._exchange.receive())
+            arrived = await self._exchange.receive()
+            if isinstance(arrived, Broken):
+                self._switchboard.broke(arrived.routing_id)
+            else:
+                self._switchboard.take(arrived)
             num_taken += 1
             if num_taken % MESSAGES_A_TURN == 0:
                 await asyncio.sleep(0)  # messages that lie ready are received without giving way

@@ -64,6 +64,10 @@ class Switchboard:
         except ManyhandsError as error:
             self._complain(envelope, message, error)
 
+    def broke(self, routing_id: bytes) -> None:
+        """A connection that is followed is no more; only workers' are."""
+        self._workers.broke(routing_id)
+
     def _complain(self, envelope: Envelope, message: object, error: ManyhandsError) -> None:
         self.complaints.violations += isinstance(error, ProtocolViolation)
         self.complaints.refusals += isinstance(error, AccessRefused)

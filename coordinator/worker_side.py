@@ -123,6 +123,12 @@ class WorkerSide:
             case _:
                 raise InvariantBroken(f"the table lets workers send {type(message).__name__}, but nobody takes it")
 
+    def broke(self, routing_id: bytes) -> None:
+        """Give up a worker whose control connection broke; one that is here by a newer connection stays."""
+        worker = WorkerId(routing_id.partition(b"/")[0].decode())
+        if self._actor.routing_id(worker, Channel.CONTROL) == routing_id:
+            self._actor.lose(worker, "its connection broke")
+
     def _hello(self, party: Party, envelope: Envelope, hello: Hello) -> None:
         require_own_name(party, hello.worker)
         worker = WorkerId(party.name)
@@ -130,9 +136,12 @@ class WorkerSide:
         if route.channel is not Channel.CONTROL:
             raise AccessRefused(f"{worker} says hello on its {route.channel} connection", node=worker, phase="hello")
         version = agree_version(hello, node=worker, own_software=SOFTWARE)
+        if not self._actor.send(envelope.routing_id, self._welcome_of(version)):
+            _log.info("worker %s was gone before it was welcomed", worker)
+            return
         self._actor.know_nonce(route)
+        self._actor.follow(envelope.routing_id)
         _log.info("worker %s (%s) is here: %s", worker, party.role, hello.software)
-        self._actor.send(envelope.routing_id, self._welcome_of(version))
         self._actor.run(WorkerJoined(worker=worker, role=party.role, public_key=envelope.public_key, hello=hello))
 
     def _welcome_of(self, version: int) -> Welcome:

@@ -64,7 +64,8 @@ class Dealer:
         await self.send_raw(*encode(message, payload))
 
     async def send_raw(self, *frames: Any) -> None:
-        await asyncio.wait_for(self.socket.send_multipart(frames), DEADLINE_S)
+        async with asyncio.timeout(DEADLINE_S):  # `wait_for` of Python 3.11 may swallow that its task is cancelled
+            await self.socket.send_multipart(frames)
 
     async def receive(self) -> Received:
         return decode(await asyncio.wait_for(receive_dealer(self.socket), DEADLINE_S))
