@@ -110,6 +110,12 @@ class House:
         """Wait until the plan is served; fails with the words of a process that ended."""
         return wait_until_ready(self.client, {"coordinator": self.coordinator.child, **self.workers}, DEADLINE_S)
 
+    def until_whole(self) -> Status:
+        """Wait until the plan is served as it was asked for, with every seat taken."""
+        return self.until(
+            lambda status: status["phase"] == "ready" and status["plan"]["words"] == self._settings["plan"]
+        )
+
     def until(self, holds: Callable[[Status], object]) -> Status:
         """Wait until something is true of the status."""
         deadline = time.monotonic() + DEADLINE_S
