@@ -5,6 +5,7 @@ Knows nothing of plans' lives or of links.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable
 
 from coordinator.drafting import Draft
@@ -69,16 +70,19 @@ class Crew:
         self._awaits_return = bool(away) and now < self._return_until
         return f"waiting for {', '.join(away)} to come back" if self._awaits_return else ""
 
-    def pays(self, current: Draft, better: Draft, num_open: int) -> bool:
-        """Say whether a plan is worth a short pause of running sessions.
+    @staticmethod
+    def pays_at(current: Draft, better: Draft) -> float:
+        """Return for how many open requests a plan is worth a short pause: 0 for any, infinity for none.
 
-        It is when a seat was empty that is taken now, when less must be read from disks, or when there are more
-        requests than stages to compute them and there will be more stages.
+        It is for any when a seat was empty that is taken now, or when less must be read from disks; and when there are
+        more requests than stages to compute them, if there will be more stages.
         """
         if better.seating.seats.count(None) < current.seating.seats.count(None):
-            return True
-        stages, more = len(current.plan.stages), len(better.plan.stages)
-        return _streamed_bytes(better) < _streamed_bytes(current) or stages < min(more, num_open)
+            return 0
+        if _streamed_bytes(better) < _streamed_bytes(current):
+            return 0
+        stages = len(current.plan.stages)
+        return stages + 1 if len(better.plan.stages) > stages else math.inf
 
     def state_of(self, member: Member, now: float) -> str:
         """Say in a few words what is special about a member; empty when nothing is."""

@@ -1,7 +1,7 @@
 """Finds better plans while one serves, and prepares the change to them beside the running work.
 
 Knows nothing of how a plan is loaded or ends. A better plan is one without those who should not be used any more, or
-one that pays (`Crew.pays`), or, while no session runs, any other that the planner would make now.
+one that pays (`Crew.pays_at`), or, while no session runs, any other that the planner would make now.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Renewal:
         self._stock_timeout_s = stock_timeout_s
         self._change: Change | None = None
         self._better: Draft | None = None  # found, but maybe not worth a pause now
+        self._pays_at = 0.0  # so many open requests
         self._considered: frozenset[object] = frozenset()
 
     @property
@@ -91,11 +92,11 @@ class Renewal:
                 draft = self._drafter.draft(self._crew.seats, now, epoch=epoch, reach=self._reach.pairs)
             except (PlanImpossible, BudgetTooSmall) as error:
                 return self._keep(going, error, now)
-            self._better = None if draft.is_like(current.plan) else draft
+            if not draft.is_like(current.plan):
+                self._better, self._pays_at = draft, self._crew.pays_at(current, draft)
         if self._better is None:
             return Outcome([])
-        pays = self._crew.pays(current, self._better, self._service.num_open)
-        if not (going or pays or self._service.is_idle):
+        if not (going or self._service.is_idle or self._service.num_open >= self._pays_at):
             return Outcome([])
         reason = f"{', '.join(going)} hands over" if going else "a worker joined"
         self._change = Change(self._better, reason, forced=bool(going), now=now)
