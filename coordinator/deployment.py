@@ -300,7 +300,7 @@ class Deployment:
             return outcome.effects + self._fail(outcome.stop, now, pause_s=0.0)
         if outcome.load is None:
             return outcome.effects
-        cause = self._renewal.detail
+        cause = self._renewal.reason
         self.story.broke(now, cause)
         self._service.rest(cause, now)
         return outcome.effects + self._load(outcome.load, now)

@@ -94,6 +94,7 @@ class Drafter:
         if head is None:
             raise InvariantBroken("a plan was begun without a head")
         others = [member.worker for member in members if member is not head]
+        others.sort(key=lambda worker: -self._registry.num_tiles(worker))  # whoever has most tiles takes a seat first
         profiles = {member.worker: member.profile for member in members}
         seating = seat(self._request, head.worker, others, seats)
         try:

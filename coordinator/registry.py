@@ -124,6 +124,10 @@ class Registry:
         """Remember what is on a worker's disk, also when it comes back later."""
         self._tiles.setdefault(worker, set()).update(tiles)
 
+    def num_tiles(self, worker: WorkerId) -> int:
+        """Return how many tiles a worker is known to have on its disk."""
+        return len(self._tiles.get(worker, ()))
+
     def lacks(self, worker: WorkerId, tiles: Iterable[TileId]) -> list[TileId]:
         """Return those of `tiles` that a worker is not known to have on its disk."""
         known = self._tiles.get(worker, set())

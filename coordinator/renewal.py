@@ -50,6 +50,11 @@ class Renewal:
         self._considered: frozenset[object] = frozenset()
 
     @property
+    def reason(self) -> str:
+        """Why a change is being prepared; empty when none is."""
+        return self._change.reason if self._change is not None else ""
+
+    @property
     def detail(self) -> str:
         """What is being prepared, for people."""
         return f"{self._change.reason} ({self._change.stage})" if self._change is not None else ""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
-from core_cases import GB, faulted, joined, loaded, make_spec, progressed, reached, sent
+from core_cases import GB, faulted, heartbeat, joined, loaded, make_spec, progressed, reached, sent
 
 from coordinator.deployment import EPOCHS_PER_TERM, Deployment
 from coordinator.events import Effect, Phase, SendControl
@@ -14,10 +15,13 @@ from coordinator.planner import PlanRequest
 from coordinator.policy import ClusterPolicy
 from coordinator.registry import Registry
 from coordinator.shares import parse_words
+from protocol.contract import SLACK_BYTES
 from protocol.errors import DeadlineExceeded, ManyhandsError, PeerLost, PlanImpossible, StepFailed
 from protocol.ids import SessionId, WorkerId
-from protocol.messages import Carry, LinkMode, Load, Probe, Stock, Stocked, Unload
+from protocol.messages import Carry, Goodbye, LinkMode, Load, Probe, Stock, Stocked, Unload
 from protocol.plans import Plan
+from protocol.specs import Span
+from protocol.tiles import HEAD_KINDS, TileId, TileKind
 
 
 class Service:
@@ -108,6 +112,7 @@ class Stand:
 
 
 PAIR = ClusterPolicy(plan_words="1/1")
+BARELY = SLACK_BYTES + 1_440_000
 
 
 def test_an_explicit_plan_waits_for_all_its_workers() -> None:
@@ -323,6 +328,114 @@ def test_a_spare_that_leaves_disturbs_nobody() -> None:
     stand.join("spare")
     assert stand.lose("spare") == []
     assert stand.core.phase is Phase.READY
+
+
+def test_of_two_who_could_take_a_seat_the_one_with_tiles_does() -> None:
+    stand = Stand(PAIR).make_ready("head", "b")
+    stand.join("c", "d")
+    stand.core._registry.note_tiles(WorkerId("d"), [TileId(0, TileKind.FFN, 0)])
+    assert set(sent(Probe, stand.lose("b"))) == {"head", "d"}
+
+
+# ---------------------------------------------------------------- leaving
+
+
+def leave(stand: Stand, name: str, *, own_wish: bool = True) -> list[Effect]:
+    member = stand.registry.get(WorkerId(name))
+    assert member is not None
+    member.is_leaving, member.is_own_wish = True, own_wish
+    return stand.advance()
+
+
+def test_a_worker_that_leaves_hands_over_between_two_steps_and_is_let_go() -> None:
+    stand = Stand(PAIR).make_ready("head", "b")
+    stand.service.is_idle = stand.service.is_between_steps = False
+    stocks = sent(Stock, leave(stand, "b"))
+    assert set(stocks) == {"head"}  # it has to have b's tiles first
+    stand.stocked("head", stocks["head"].order)
+    assert stand.advance() == []
+    assert stand.service.is_held
+    stand.service.is_between_steps = True
+    assert set(sent(Load, stand.advance())) == {"head"}
+    assert stand.service.causes == ["b hands over"]
+    effects = stand.load_all()
+    assert stand.core.phase is Phase.READY
+    assert set(sent(Goodbye, [*effects, *stand.advance()])) == {"b"}
+    assert sent(Goodbye, stand.advance()) == {}
+
+
+def test_a_worker_that_nobody_needs_is_let_go_at_once() -> None:
+    stand = Stand(PAIR).make_ready("head", "b")
+    stand.join("c")
+    assert set(sent(Goodbye, leave(stand, "c"))) == {"c"}
+
+
+def test_the_only_head_is_let_go_at_once() -> None:
+    stand = Stand(PAIR).make_ready("head", "b")
+    assert set(sent(Goodbye, leave(stand, "head"))) == {"head"}
+
+
+@pytest.mark.parametrize("own_wish", [True, False])
+def test_who_can_not_be_spared_goes_only_by_its_own_wish(own_wish: bool) -> None:
+    stand = Stand(ClusterPolicy(plan_words="1/30"), layers=31)
+    stand.join("head", budget_bytes=BARELY)
+    stand.join("b")
+    stand.answer_probe()
+    stand.load_all()
+    effects = leave(stand, "b", own_wish=own_wish)
+    assert set(sent(Goodbye, effects)) == ({"b"} if own_wish else set())
+    assert stand.core.phase is Phase.READY
+    assert "b can't be spared" in stand.core.story.happenings[-1].text
+    member = stand.registry.get(WorkerId("b"))
+    assert member is not None
+    assert member.is_leaving == own_wish
+
+
+def test_an_owner_that_pauses_its_worker_is_obeyed_whatever_it_costs() -> None:
+    stand = Stand(PAIR).make_ready("head", "b")
+    beat = heartbeat("b").heartbeat
+    assert beat is not None
+    stand.registry.heard(WorkerId("b"), replace(beat, paused="on battery"), 1.0)
+    stocks = sent(Stock, stand.advance())
+    stand.stocked("head", stocks["head"].order)
+    assert set(sent(Load, stand.advance())) == {"head"}
+    stand.load_all()
+    stand.registry.heard(WorkerId("b"), beat, 2.0)
+    assert set(sent(Load, stand.advance())) == {"head", "b"}  # its tiles and its links are known
+
+
+# ---------------------------------------------------------------- ready for a loss
+
+
+def test_spares_are_what_a_loss_would_need_elsewhere() -> None:
+    stand = Stand(ClusterPolicy(plan_words="1/1/1", spares=1))
+    stand.join("head", "b", "c")
+    stand.answer_probe()
+    tiles = {effect.worker: effect.tiles for effect in stand.load_all() if isinstance(effect, SendControl)}
+    plan = stand.core.plan
+    assert plan is not None
+    assert set(tiles) <= set(plan.workers)
+    for worker, wanted in tiles.items():
+        assert wanted
+        assert not set(wanted) & set(plan.tiles_of(worker))
+    assert not any(tile.kind in HEAD_KINDS for wanted in tiles.values() for tile in wanted or ())
+    assert any("spare tiles" in one.text for one in stand.core.story.happenings)
+    lost = sent(Load, stand.lose("c"))
+    for worker, load in lost.items():
+        assert set(load.plan.tiles_of(WorkerId(worker))) <= {
+            *plan.tiles_of(WorkerId(worker)),
+            *(tiles.get(WorkerId(worker)) or ()),
+        }
+
+
+def test_copies_go_to_who_would_take_over() -> None:
+    stand = Stand(ClusterPolicy(plan_words="1/1/1", replicate_kv=True))
+    stand.join("head", "b", "c")
+    loads = sent(Load, stand.answer_probe())
+    (mirror,) = loads["c"].mirrors
+    assert (mirror.peer, mirror.cells.groups) == ("b", Span(0, 2))
+    assert any(order.peer.worker == "c" for order in loads["b"].links)
+    assert loads["head"].mirrors == ()  # without the head nothing goes on anyway
 
 
 # ---------------------------------------------------------------- automatic
