@@ -5,7 +5,7 @@ Knows nothing of time or of sessions beyond what they carry over. A pure functio
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from coordinator.events import SendControl
@@ -17,7 +17,7 @@ from protocol.ids import WorkerId
 from protocol.messages import Carry, Holder, KvMove, LinkOrder, Load
 from protocol.plans import Plan
 
-MAX_HOLDERS = 256
+MAX_HOLDERS = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +77,7 @@ def make_loads(
             gives=tuple(move.gives),
             takes=tuple(move.takes),
             mirrors=tuple(KvMove(peer=copy.holder, cells=copy.cells) for copy in copies if copy.owner == worker),
-            holders=tuple(holder for holder in held if holder.peer.worker != worker),
+            holders=_helpful(held, plan, worker),
         )
     return Loads(links=links, messages=messages, copies=copies, givers=givers)
 
@@ -93,3 +93,19 @@ def holders(registry: Registry, plans: Sequence[Plan]) -> tuple[Holder, ...]:
                     holder = Holder(peer=member.tile_peer, layers=stage.layers, groups=share.groups, ffn=share.ffn)
                     found[holder] = None
     return tuple(found)[:MAX_HOLDERS]
+
+
+def _helpful(held: Iterable[Holder], plan: Plan, worker: WorkerId) -> tuple[Holder, ...]:
+    """Return those who have tiles that a worker of the plan needs: a `Load` has no room for everybody."""
+    number = plan.stage_of(worker)
+    if number is None:
+        return ()
+    stage = plan.stages[number]
+    share = stage.members[stage.rank_of(worker)]
+    return tuple(
+        holder
+        for holder in held
+        if holder.peer.worker != worker
+        and len(holder.layers & stage.layers)
+        and (len(holder.groups & share.groups) or len(holder.ffn & share.ffn))
+    )

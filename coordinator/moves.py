@@ -12,7 +12,6 @@ from typing import NamedTuple
 from protocol.ids import WorkerId
 from protocol.messages import Cells, KvMove
 from protocol.plans import Plan
-from protocol.specs import Span
 
 
 class Copy(NamedTuple):
@@ -77,15 +76,10 @@ def find_copies(plan: Plan, successors: Iterable[Plan]) -> tuple[Copy, ...]:
 
 def intersection(one: Cells, other: Cells) -> Cells | None:
     """Return the cells that are in both; None when there are none."""
-    layers, groups = _overlap(one.layers, other.layers), _overlap(one.groups, other.groups)
+    layers, groups = one.layers & other.layers, one.groups & other.groups
     return Cells(layers=layers, groups=groups) if len(layers) and len(groups) else None
 
 
 def contains(outer: Cells, inner: Cells) -> bool:
     """Say whether all cells of `inner` are in `outer`."""
     return intersection(outer, inner) == inner
-
-
-def _overlap(one: Span, other: Span) -> Span:
-    start = max(one.start, other.start)
-    return Span(start, max(start, min(one.end, other.end)))

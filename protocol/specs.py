@@ -57,6 +57,11 @@ class Span:
     def __iter__(self) -> Iterator[int]:
         return iter(range(self.start, self.end))
 
+    def __and__(self, other: Span) -> Span:
+        """Return what is in both; empty when nothing is."""
+        start = max(self.start, other.start)
+        return Span(start, max(start, min(self.end, other.end)))
+
     def __str__(self) -> str:
         return f"[{self.start}, {self.end})"
 
