@@ -6,8 +6,10 @@ Knows nothing of commands, links or threads; tiles come from the store through `
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Final, NamedTuple
 
 import psutil
@@ -62,12 +64,24 @@ def resident_bytes() -> int:
 
 def peak_bytes() -> int:
     """Return the most this process ever held, in bytes, as the kernel counted it (0 where it does not)."""
+    if (peak := _high_water_bytes()) is not None:
+        return peak
     try:
         import resource
     except ImportError:  # Windows
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _high_water_bytes() -> int | None:
+    """Read Linux's own mark; None elsewhere. What `getrusage` says there begins with the peak of who started us."""
+    try:
+        text = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    found = re.search(r"^VmHWM:\s*(\d+) kB$", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
 
 
 def share_of(plan: Plan, own: WorkerId) -> StageShare:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from runtime.windowed import BlockOrder
 from worker import device
 from worker.block_cache import BlockCache
 from worker.config import WorkerConfig
-from worker.loading import room_of, share_of
+from worker.loading import peak_bytes, room_of, share_of
 from worker.store import TileStore
 
 ALONE = plan_of([(Span(0, SPEC.layers), [("w", Span(0, 2), Span(0, 3))], 0)], head="w")
@@ -102,3 +104,13 @@ def test_a_budget_beyond_the_machine_is_cut_and_told(
         settings = device.executor_settings(WorkerConfig(memory="900MB", threads=1, cache_dir=tmp_path))
     assert settings.budget_bytes == int(500 * MIB * device.MOST_OF_MEMORY)
     assert "900MB" in caplog.text and "control group" in caplog.text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the kernel has only one mark to tell")
+def test_the_peak_is_our_own_and_not_our_parents() -> None:
+    burden = bytearray(b"x" * (300 * MIB))
+    told = subprocess.run(
+        [sys.executable, "-c", "from worker.loading import peak_bytes; print(peak_bytes())"],
+        capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2], close_fds=False,
+    )  # fmt: skip
+    assert 0 < int(told.stdout) < len(burden) < peak_bytes()
