@@ -84,7 +84,7 @@ class Stage:
             self._num_houses += 1
             folder.mkdir()
             self._house = ChurnHouse(
-                folder, self._folders[model], plan, self._nursery, self._wires, prefill_chunk=CHUNK
+                folder, self._folders[model], plan, self._nursery, self._wires, prefill_chunk=CHUNK, probation_s="0"
             )
             self._now = (model, plan)
             calm = [self._house.client.generate(prompt, **options) for prompt, options in ORDERS[model]]
