@@ -5,21 +5,31 @@ Knows nothing of how they find each other (`manyhands.launch`) or what they comp
 
 from __future__ import annotations
 
+import itertools
+import logging
 import re
 import shutil
 import tempfile
+import threading
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from manyhands.connection import Status
+from manyhands.keeper import Keeper
 from manyhands.launch import Coordinator, OnStatus, start_coordinator, start_worker, wait_until_ready
 from manyhands.processes import ChildProcess, stop_all
 from manyhands.sync import Client
-from protocol.errors import ConfigInvalid, RequestInvalid
+from protocol.errors import ConfigInvalid, ManyhandsError, RequestInvalid
 
 DEMO_MODEL = Path(__file__).resolve().parent / "demo_model"
 DEFAULT_WORKERS = 3
+COORDINATOR = "coordinator"
+HEAD = "worker-1"
+LOOK_EVERY_S = 0.1
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +54,8 @@ class LocalCluster:
     means as many as the plan has shares. `dtype`: of the weights: auto (as stored), float32, bfloat16, int8 or int4.
     `memory`: what each worker process may take, e.g. "900MB"; weights that don't fit flow from its disk. `cache_dir`:
     where workers keep tiles between clusters; None keeps nothing. `startup_timeout_s` bounds the time without progress.
-    `on_status` sees the status while the model forms.
+    `on_status` sees the status while the model forms. `supervise`: the head's process, worker-1, is started again when
+    it dies. `coordinator_settings`, `worker_settings`: further settings of the daemons, by name.
 
     Raises the error that a process which ended at start told in its log, DeadlineExceeded when the model does not form.
     `close` ends all processes and removes all files.
@@ -63,6 +74,9 @@ class LocalCluster:
         head_only: bool = False,
         startup_timeout_s: float = 60.0,
         on_status: OnStatus | None = None,
+        supervise: bool = True,
+        coordinator_settings: Mapping[str, str] | None = None,
+        worker_settings: Mapping[str, str] | None = None,
     ) -> None:
         num_workers = _num_workers(workers, plan)
         self._timeout_s = startup_timeout_s
@@ -70,8 +84,11 @@ class LocalCluster:
         self._children: dict[str, ChildProcess] = {}
         self._clients: list[Client] = []
         self._closed = False
-        self.workers: tuple[LocalWorker, ...] = ()
-        for_coordinator = {
+        self._links: dict[str, str] = {}  # of the workers, in the order in which they came
+        self._lock = threading.Lock()  # held while a process is replaced
+        self._ending = threading.Event()
+        self._supervisor: threading.Thread | None = None
+        self._for_coordinator = {
             "model": str(model or DEMO_MODEL),
             "plan": plan or "auto",
             "workers": str(num_workers),
@@ -79,21 +96,32 @@ class LocalCluster:
             "head_only": str(head_only).lower(),
             "port": "0",
             "cache_dir": str(cache_dir / "coordinator" if cache_dir else self._folder / "manifests"),
+            **(coordinator_settings or {}),
         }
-        for_workers = {
+        self._for_workers = {
             "threads": str(threads),
             "cache_dir": str(cache_dir or self._folder / "tiles"),
             "listen": "tcp://127.0.0.1:*",
-        } | ({"memory": memory} if memory else {})
+            **({"memory": memory} if memory else {}),
+            **(worker_settings or {}),
+        }
         try:
-            self._coordinator = self._start_coordinator(for_coordinator)
+            self._coordinator = self._start_coordinator()
             self._control = self.client()
             for number in range(1, num_workers + 1):
-                self._start_worker(f"worker-{number}", for_workers, trusted=number == 1)
+                self.add_worker(trusted=number == 1)
             wait_until_ready(self._control, self._children, startup_timeout_s, on_status)
+            if supervise:
+                self._supervisor = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
+                self._supervisor.start()
         except BaseException:
             self.close()
             raise
+
+    @property
+    def workers(self) -> tuple[LocalWorker, ...]:
+        """The workers and their latest processes, in the order in which they came."""
+        return tuple(LocalWorker(name=name, child=self._children[name]) for name in self._links)
 
     @property
     def link(self) -> str:
@@ -112,20 +140,56 @@ class LocalCluster:
 
     def wait_until_ready(self) -> Status:
         """Wait until the model has formed (again); raises DeadlineExceeded."""
-        coordinator = {"coordinator": self._coordinator.child}
+        coordinator = {COORDINATOR: self._coordinator.child}
         return wait_until_ready(self._control, coordinator, self._timeout_s)
 
-    def logs(self, name: str = "coordinator", lines: int = 50) -> str:
+    def logs(self, name: str = COORDINATOR, lines: int = 50) -> str:
         """Return the end of the log of a worker, by name, or of the coordinator; raises RequestInvalid."""
-        if name not in self._children:
-            raise RequestInvalid(f"no process {name!r}; there are {', '.join(self._children)}")
-        return self._children[name].log_tail(lines)
+        return self._child(name).log_tail(lines)
+
+    def kill(self, name: str) -> None:
+        """End a worker, or the coordinator, without a word to anybody (SIGKILL); raises RequestInvalid.
+
+        The head comes back by itself where it is supervised.
+        """
+        self._child(name).kill()
+
+    def add_worker(self, name: str = "", *, trusted: bool = False) -> LocalWorker:
+        """Start one more worker; `name` empty: the next number. Raises RequestInvalid when the name is taken."""
+        numbers = (f"worker-{number}" for number in itertools.count(1))
+        name = name or next(free for free in numbers if free not in self._links)
+        if name in self._children:
+            raise RequestInvalid(f"there is a process {name!r} already", remedy="restart_worker starts it again")
+        link = self._control.invite(trusted=trusted)
+        with self._lock:
+            self._start_worker(name, link)
+            self._links[name] = link
+        return LocalWorker(name=name, child=self._children[name])
+
+    def restart_worker(self, name: str) -> LocalWorker:
+        """Start a worker again, as the same one with the tiles it has; one that still runs is asked to end before."""
+        child = self._child(name)
+        if name not in self._links:
+            raise RequestInvalid(f"{name!r} is no worker", remedy="use restart_coordinator")
+        with self._lock:
+            stop_all([child])
+            self._start_worker(name, self._links[name])
+        return LocalWorker(name=name, child=self._children[name])
+
+    def restart_coordinator(self) -> None:
+        """Kill the coordinator, if it still runs, and start it again with what it has kept, at the same address."""
+        self._child(COORDINATOR).kill()
+        self._for_coordinator["port"] = self._coordinator.link.addresses[0].rpartition(":")[2]
+        self._coordinator = self._start_coordinator()
 
     def close(self) -> None:
         """End every process and remove every file; safe to call twice."""
         if self._closed:
             return
         self._closed = True
+        self._ending.set()
+        if self._supervisor is not None:
+            self._supervisor.join()
         try:
             for client in self._clients:
                 client.close()
@@ -139,19 +203,37 @@ class LocalCluster:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start_coordinator(self, settings: dict[str, str]) -> Coordinator:
+    def _child(self, name: str) -> ChildProcess:
+        if name not in self._children:
+            raise RequestInvalid(f"no process {name!r}; there are {', '.join(self._children)}")
+        return self._children[name]
+
+    def _start_coordinator(self) -> Coordinator:
         def started(child: ChildProcess) -> None:
-            self._children["coordinator"] = child
+            self._children[COORDINATOR] = child
 
-        folder, log = self._folder / "coordinator", self._folder / "coordinator.log"
-        return start_coordinator(settings, folder, log, self._timeout_s, started)
+        folder, log = self._folder / COORDINATOR, self._folder / f"{COORDINATOR}.log"
+        settings, again = self._for_coordinator, COORDINATOR in self._children
+        return start_coordinator(settings, folder, log, self._timeout_s, started, continues_log=again)
 
-    def _start_worker(self, name: str, settings: dict[str, str], *, trusted: bool) -> None:
-        link = self._control.invite(trusted=trusted)
-        log = self._folder / f"{name}.log"
-        child = start_worker({**settings, "name": name}, link, self._folder / name, log)
-        self._children[name] = child
-        self.workers = (*self.workers, LocalWorker(name=name, child=child))
+    def _start_worker(self, name: str, link: str) -> None:
+        settings, log = {**self._for_workers, "name": name}, self._folder / f"{name}.log"
+        again = name in self._children
+        self._children[name] = start_worker(settings, link, self._folder / name, log, continues_log=again)
+
+    def _supervise(self) -> None:
+        """Keep the head running, in a thread, until the cluster is closed."""
+
+        def start() -> None:
+            self._start_worker(HEAD, self._links[HEAD])
+
+        keeper = Keeper(HEAD, lambda: self._children[HEAD], start, _log.warning)
+        while not self._ending.wait(LOOK_EVERY_S):
+            with self._lock:
+                try:
+                    keeper.look(time.monotonic())
+                except ManyhandsError:
+                    _log.exception("%s is not started again", HEAD)
 
 
 def _num_workers(workers: int | None, plan: str | None) -> int:

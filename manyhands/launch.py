@@ -41,6 +41,8 @@ def start_coordinator(
     log_path: Path,
     timeout_s: float,
     started: Callable[[ChildProcess], None],
+    *,
+    continues_log: bool = False,
 ) -> Coordinator:
     """Start a coordinator and wait until it listens; what it logs counts as progress.
 
@@ -48,7 +50,10 @@ def start_coordinator(
     coordinator's own words, DeadlineExceeded after `timeout_s` seconds without progress.
     """
     child = ChildProcess(
-        "coordinator", {**settings, "state_dir": str(state_dir), "exit_on_stdin_close": "true"}, log_path
+        "coordinator",
+        {**settings, "state_dir": str(state_dir), "exit_on_stdin_close": "true"},
+        log_path,
+        continues_log=continues_log,
     )
     started(child)
     watch = StartWatch(timeout_s, time.monotonic())
@@ -61,10 +66,12 @@ def start_coordinator(
     return Coordinator(child=child, link=link, state_dir=state_dir)
 
 
-def start_worker(settings: Mapping[str, str], link: str, state_dir: Path, log_path: Path) -> ChildProcess:
-    """Start a worker that joins by this link."""
+def start_worker(
+    settings: Mapping[str, str], link: str, state_dir: Path, log_path: Path, *, continues_log: bool = False
+) -> ChildProcess:
+    """Start a worker that joins by this link; one whose state folder knows its cluster needs none that is fresh."""
     own = {"link": link, "state_dir": str(state_dir), "exit_on_stdin_close": "true"}
-    return ChildProcess("worker", {**settings, **own}, log_path)
+    return ChildProcess("worker", {**settings, **own}, log_path, continues_log=continues_log)
 
 
 def wait_until_ready(

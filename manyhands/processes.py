@@ -7,6 +7,7 @@ so that none outlives a parent that was killed.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -37,14 +38,19 @@ class ChildProcess:
     """One running `python -m MODULE`; its standard output and error go to a log file.
 
     `settings` are keyed by setting name. They travel in the environment, where no other user can read a secret; what
-    this process has in its own MANYHANDS_ variables is not handed down.
+    this process has in its own MANYHANDS_ variables is not handed down. `continues_log`: behind what an earlier child
+    has logged there.
     """
 
-    def __init__(self, module: str, settings: Mapping[str, str], log_path: Path) -> None:
+    def __init__(
+        self, module: str, settings: Mapping[str, str], log_path: Path, *, continues_log: bool = False
+    ) -> None:
         self.module = module
         self.log_path = log_path
         log_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with os.fdopen(os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as log:
+        beginning = os.O_APPEND if continues_log else os.O_TRUNC
+        with os.fdopen(os.open(log_path, os.O_WRONLY | os.O_CREAT | beginning, 0o600), "wb") as log:
+            self._log_start = os.fstat(log.fileno()).st_size
             # -P: a folder called `worker` where the user happens to stand must not shadow ours.
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", module],
@@ -70,9 +76,9 @@ class ChildProcess:
         return self.log_path.stat().st_size
 
     def log_tail(self, lines: int = 20) -> str:
-        """Return the last lines of its log, link secrets blacked out."""
+        """Return the last lines of what it has logged, link secrets blacked out."""
         with self.log_path.open("rb") as log:
-            log.seek(max(0, self.log_bytes() - TAIL_BYTES))
+            log.seek(max(self._log_start, self.log_bytes() - TAIL_BYTES))
             text = log.read(TAIL_BYTES).decode("utf-8", "replace")
         return redact("\n".join(text.splitlines()[-lines:]))
 
@@ -80,6 +86,12 @@ class ChildProcess:
         """Raise the error of `child_error` when it has ended."""
         if not self.is_alive:
             raise child_error(self, name)
+
+    def kill(self) -> None:
+        """End it without a word (SIGKILL) and wait until it is gone."""
+        self.process.kill()
+        self.process.wait()
+        self.ask_to_stop()  # closes our end of its life line
 
     def ask_to_stop(self) -> None:
         """Tell it to end: SIGTERM, and the life line is cut."""
@@ -106,8 +118,9 @@ def child_error(child: ChildProcess, name: str) -> ManyhandsError:
     loss = CoordinatorLost if child.module == "coordinator" else PeerLost
     tail = child.log_tail()
     said = _last_line(tail, "error: ")
+    how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with code {code}"
     return _REASONS.get(code, loss)(
-        f"{name} ended with code {code}" + (f": {said}" if said else ""),
+        f"{name} {how}" + (f": {said}" if said else ""),
         remedy=_last_line(tail, "remedy: ") or (f"the end of its log:\n{tail}" if tail else ""),
         node=name,
         phase="start",
@@ -134,6 +147,13 @@ def _environment(settings: Mapping[str, str]) -> dict[str, str]:
     own["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     own["PYTHONUNBUFFERED"] = "1"
     return own | {ENV_PREFIX + name.upper(): value for name, value in settings.items()}
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal has no name
+        return f"signal {number}"
 
 
 def _last_line(tail: str, beginning: str) -> str:

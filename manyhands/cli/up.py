@@ -1,6 +1,7 @@
 """`manyhands up`: a coordinator and a trusted worker on this machine, ended together; tells how others join.
 
-Knows nothing of what the two do. They are processes of their own; this one watches them.
+Knows nothing of what the two do. They are processes of their own; this one watches them, and starts the worker again
+when it died.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from manyhands.cli.tables import model_line
 from manyhands.cluster import DEMO_MODEL
 from manyhands.config import UpConfig
 from manyhands.connection import Status
+from manyhands.keeper import Keeper
 from manyhands.launch import Coordinator, start_coordinator, start_worker
 from manyhands.processes import ChildProcess, stop_all
 from manyhands.sync import Client
@@ -30,7 +32,8 @@ from protocol.settings import LogSettings
 
 LOOK_EVERY_S = 0.5
 START_TIMEOUT_S = 600.0  # without a line in the coordinator's log: a download may be slow to begin
-LOCAL_WORKER = "local-worker"
+LOCAL_WORKER = "local-worker"  # its folder and log
+LOCAL = "the local worker"
 
 
 def command() -> click.Command:
@@ -49,7 +52,7 @@ def command() -> click.Command:
 
 
 def run(given_model: str | None, **given: Any) -> int:
-    """Serve until Ctrl-C or SIGTERM; raises what ended the coordinator or the local worker."""
+    """Serve until Ctrl-C or SIGTERM; raises what ended the coordinator, or the local worker for good."""
     from coordinator.config import CoordinatorConfig
     from worker.config import WorkerConfig
 
@@ -85,8 +88,13 @@ def _serve(for_coordinator: Mapping[str, str], for_worker: Mapping[str, str], fo
             with Client(coordinator.link) as client:
                 link = client.invite(trusted=True)
                 log = folder / f"{LOCAL_WORKER}.log"
-                children["the local worker"] = start_worker(for_worker, link, folder / LOCAL_WORKER, log)
-                _Watch(client, coordinator, note).run(children)
+
+                def start_local(*, again: bool = True) -> None:
+                    children[LOCAL] = start_worker(for_worker, link, folder / LOCAL_WORKER, log, continues_log=again)
+
+                start_local(again=False)
+                keeper = Keeper(LOCAL, lambda: children[LOCAL], start_local, note.line)
+                _Watch(client, coordinator, note).run(keeper)
     finally:
         stop_all(children.values())
 
@@ -101,16 +109,16 @@ class _Watch:
         self._meter = LoadMeter()
         self._known: set[str] = set()
 
-    def run(self, children: Mapping[str, ChildProcess]) -> None:
-        """Look and tell until interrupted; raises when a child or the coordinator is gone."""
+    def run(self, keeper: Keeper) -> None:
+        """Look and tell until interrupted; raises when the coordinator is gone, or the worker for good."""
         status = self._client.status()
         self._note.line(f"model  {model_line(status)}")
         self._invite()
         self._tell({}, status)
         while True:
             time.sleep(LOOK_EVERY_S)
-            for name, child in children.items():
-                child.require_alive(name)
+            self._coordinator.child.require_alive("coordinator")
+            keeper.look(time.monotonic())
             before, status = status, self._client.status()
             self._tell(before, status)
 

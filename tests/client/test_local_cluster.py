@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from pathlib import Path
 
 import psutil
 import pytest
 
-from manyhands import AsyncClient, FinishReason, LocalCluster, PeerLost, RequestInvalid
+from manyhands import AsyncClient, CoordinatorLost, FinishReason, LocalCluster, RequestInvalid
 from manyhands.cluster import DEMO_MODEL
+from manyhands.connection import Status
 
 pytestmark = pytest.mark.processes
 PROMPTS = ("def main(argv):\n", "import os\n\n\nclass Reader:\n    ")
@@ -99,20 +101,53 @@ def test_chat_and_unknown_logs(cluster: LocalCluster) -> None:
         cluster.logs("worker-9")
 
 
-def test_a_killed_worker_ends_the_stream_with_its_name_and_nothing_is_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def served_after(running: LocalCluster, before: Status) -> Status:
+    """Wait until another plan than before serves."""
+    while (status := running.wait_until_ready())["epoch"] <= before["epoch"]:
+        pass
+    return status
+
+
+def test_a_killed_worker_costs_no_token_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, tuple[int, ...]]
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     threads, others = set(threading.enumerate()), set(psutil.Process().children(recursive=True))
-    with LocalCluster(plan="1/1") as running:
+    lease = {"lease_s": "3600"}  # seen by the connection that breaks, or never
+    with LocalCluster(plan="1/1", coordinator_settings=lease) as running:
         children = set(psutil.Process().children(recursive=True)) - others
-        with running.client().generate(PROMPTS[0], max_tokens=900, ignore_eos=True, stream=True) as stream:
-            next(stream)
-            running.workers[1].child.process.kill()
-            with pytest.raises(PeerLost, match="worker-2"):
-                for _ in stream:
-                    pass
+        client = running.client()
+        with client.generate(PROMPTS[0], max_tokens=NUM_TOKENS, ignore_eos=True, stream=True) as stream:
+            tokens = list(next(stream).token_ids)
+            running.kill("worker-2")
+            for piece in stream:
+                tokens += piece.token_ids
+        assert tuple(tokens) == expected[PROMPTS[0]]
     assert len(children) == 3
     assert not [child for child in children if child.is_running()]
     assert list(tmp_path.iterdir()) == []
     assert set(threading.enumerate()) <= threads
+
+
+def test_every_process_may_die_and_come_back(expected: dict[str, tuple[int, ...]]) -> None:
+    with LocalCluster(plan="1/1") as running:
+        status, first = running.status(), running.workers[0].pid
+        running.kill("worker-1")  # the head: it is supervised
+        status = served_after(running, status)
+        assert running.workers[0].pid != first and answers_of(running) == expected
+        status = running.status()
+        running.kill("worker-2")
+        running.restart_worker("worker-2")
+        status = served_after(running, status)
+        assert answers_of(running) == expected
+        assert running.add_worker().name == "worker-3"
+        with pytest.raises(RequestInvalid, match="'worker-3' already"):
+            running.add_worker("worker-3")
+        while len(status["workers"]) < 3:
+            status = running.status()
+        running.restart_coordinator()
+        while status["term"] < 2 or status["phase"] != "ready":
+            with contextlib.suppress(CoordinatorLost):
+                status = running.status()
+        assert answers_of(running) == expected
+        assert [worker.name for worker in running.workers] == ["worker-1", "worker-2", "worker-3"]
