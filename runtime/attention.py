@@ -21,7 +21,7 @@ KeysValues = tuple[Tensor, Tensor]
 
 
 class Place(NamedTuple):
-    """Where a layer stands: its number from the cache's first layer, and how many positions a row sees.
+    """Where a layer stands: its number in the model, and how many positions a row sees.
 
     The window counts the row itself; 0 means all.
     """

@@ -44,10 +44,8 @@ class AttentionBlock:
     `qkv` stacks all query rows, then all key rows, then all value rows; `o` lays the output columns side by side.
     """
 
-    def __init__(
-        self, spec: ModelSpec, *, layer: int, cache_layer: int, qkv: Linear, o: Linear, qk_norm: Tensor | None
-    ) -> None:
-        self._place = Place(cache_layer, spec.window_of(layer))
+    def __init__(self, spec: ModelSpec, *, layer: int, qkv: Linear, o: Linear, qk_norm: Tensor | None) -> None:
+        self._place = Place(layer, spec.window_of(layer))
         self._queries = spec.queries_per_group
         self._dim = spec.head_dim
         self._eps = spec.norm_eps
@@ -136,7 +134,6 @@ def make_block(spec: ModelSpec, share: StageShare, op: int, tensors: Tensors, ma
     return AttentionBlock(
         spec,
         layer=layer,
-        cache_layer=layer - share.layers.start,
         qkv=make(tensors, "qkv"),
         o=make(tensors, "o"),
         qk_norm=_qk_norm(spec, share, tensors),

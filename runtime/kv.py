@@ -24,19 +24,21 @@ from runtime.tensors import dtype_of
 class SessionKv:
     """One session's place in the arena, `[at, at + capacity)`, and how many of its positions are valid."""
 
-    __slots__ = ("_keys_LGPd", "_values_LGPd", "at", "capacity", "length")
+    __slots__ = ("_first_layer", "_keys_LGPd", "_values_LGPd", "at", "capacity", "length")
 
-    def __init__(self, keys_LGPd: Tensor, values_LGPd: Tensor, at: int, capacity: int) -> None:
-        self._keys_LGPd = keys_LGPd
-        self._values_LGPd = values_LGPd
+    def __init__(self, arena: KvCache, at: int, capacity: int) -> None:
+        self._first_layer = arena.layers.start
+        self._keys_LGPd = arena.keys_LGPd
+        self._values_LGPd = arena.values_LGPd
         self.at = at
         self.capacity = capacity
         self.length = 0
 
     def extend(self, layer: int, start: int, keys_TGd: Tensor, values_TGd: Tensor) -> tuple[Tensor, Tensor]:
-        """Write T rows at `start` of the cache's layer `layer` and return all up to them, `[G, S, d]` views each."""
+        """Write T rows at `start` of a layer of the model and return all up to them, `[G, S, d]` views each."""
         first, end = self.at + start, self.at + start + keys_TGd.shape[0]
-        keys_GPd, values_GPd = self._keys_LGPd[layer], self._values_LGPd[layer]
+        number = layer - self._first_layer
+        keys_GPd, values_GPd = self._keys_LGPd[number], self._values_LGPd[number]
         keys_GPd[:, first:end] = keys_TGd.transpose(0, 1)
         values_GPd[:, first:end] = values_TGd.transpose(0, 1)
         return keys_GPd[:, self.at : end], values_GPd[:, self.at : end]
@@ -45,20 +47,23 @@ class SessionKv:
 class KvCache:
     """All sessions of one worker, in an arena of `positions`."""
 
-    def __init__(self, spec: ModelSpec, *, layers: Span, num_groups: int, positions: int, device: torch.device) -> None:
+    def __init__(self, spec: ModelSpec, *, layers: Span, groups: Span, positions: int, device: torch.device) -> None:
+        self.spec = spec
+        self.layers = layers
+        self.groups = groups
         self.positions = positions
-        self._bytes_per_position = spec.kv_bytes_per_token(num_groups, len(layers))
-        shape_LGPd = (len(layers), num_groups, positions, spec.head_dim)
+        self._bytes_per_position = spec.kv_bytes_per_token(len(groups), len(layers))
+        shape_LGPd = (len(layers), len(groups), positions, spec.head_dim)
         with torch.inference_mode(False):  # an inference tensor could not be written to outside that mode
             # Zeroed, so that every page is there before the first session: the process never grows.
-            self._keys_LGPd = torch.zeros(shape_LGPd, dtype=dtype_of(spec.activations), device=device).fill_(0)
-            self._values_LGPd = torch.zeros(shape_LGPd, dtype=dtype_of(spec.activations), device=device).fill_(0)
+            self.keys_LGPd = torch.zeros(shape_LGPd, dtype=dtype_of(spec.activations), device=device).fill_(0)
+            self.values_LGPd = torch.zeros(shape_LGPd, dtype=dtype_of(spec.activations), device=device).fill_(0)
         self._sessions: dict[SessionId, SessionKv] = {}
 
     @property
     def arena_bytes(self) -> int:
         """Bytes of the whole arena."""
-        return self._keys_LGPd.nbytes + self._values_LGPd.nbytes
+        return self.keys_LGPd.nbytes + self.values_LGPd.nbytes
 
     @property
     def num_bytes(self) -> int:
@@ -68,6 +73,21 @@ class KvCache:
     def lengths(self) -> dict[SessionId, int]:
         """Return how many positions are valid, by session."""
         return {session: kv.length for session, kv in self._sessions.items()}
+
+    def find(self, session: SessionId) -> SessionKv | None:
+        """Return a session's place, None when it has none."""
+        return self._sessions.get(session)
+
+    def rows(self, layer: int, group: int, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Return views, `[T, d]` each, of keys and values of `count` positions of the arena, of one cell of the model.
+
+        Raises KeyError for a cell that is not of this worker.
+        """
+        if layer not in self.layers or group not in self.groups:
+            raise KeyError(f"layer {layer}, group {group}")
+        number, place = layer - self.layers.start, group - self.groups.start
+        span = slice(first, first + count)
+        return self.keys_LGPd[number, place, span], self.values_LGPd[number, place, span]
 
     def begin(self, rows: tuple[SessionRows, ...]) -> tuple[SessionKv, ...]:
         """Return the caches that these rows extend, in order; opens sessions that start at 0, truncates repeated ones.
@@ -98,11 +118,11 @@ class KvCache:
     def restore(self, session: SessionId, *, at: int, capacity: int, length: int) -> SessionKv:
         """Open a session that was computed before, elsewhere or under another plan, with `length` valid positions.
 
-        Its rows are the caller's to write, before the next step. Raises Overloaded as `begin` does.
+        Its rows are the caller's to write, by `rows`. Raises Overloaded as `begin` does.
         """
         if not 0 <= length <= capacity:
             raise SessionLost(f"session {session} is said to have {length} positions of {capacity}")
-        self._require_place(session, at, capacity)
+        self.require_place(session, at, capacity)
         kv = self._open(session, at, capacity)
         kv.length = length
         return kv
@@ -111,9 +131,17 @@ class KvCache:
         """Forget a session; one that is not here is no error (the release may arrive twice)."""
         self._sessions.pop(session, None)
 
+    def require_place(self, session: SessionId, at: int, capacity: int) -> None:
+        """Raise Overloaded for a place outside the arena."""
+        if at + capacity > self.positions:
+            raise Overloaded(
+                f"session {session} is placed at [{at}, {at + capacity}), the KV cache has {self.positions} positions",
+                remedy="lower max_tokens, or raise --kv-positions",
+            )
+
     def _require_history(self, part: SessionRows) -> None:
         if part.start == 0:
-            self._require_place(part.session, part.at, part.capacity)
+            self.require_place(part.session, part.at, part.capacity)
             return
         kv = self._sessions.get(part.session)
         if kv is None:
@@ -127,17 +155,10 @@ class KvCache:
                 remedy="start it again from position 0 with the larger capacity",
             )
 
-    def _require_place(self, session: SessionId, at: int, capacity: int) -> None:
-        if at + capacity > self.positions:
-            raise Overloaded(
-                f"session {session} is placed at [{at}, {at + capacity}), the KV cache has {self.positions} positions",
-                remedy="lower max_tokens, or raise --kv-positions",
-            )
-
     def _open(self, session: SessionId, at: int, capacity: int) -> SessionKv:
         end = at + capacity
         for other, kv in list(self._sessions.items()):
             if other == session or (kv.at < end and at < kv.at + kv.capacity):
                 del self._sessions[other]
-        found = self._sessions[session] = SessionKv(self._keys_LGPd, self._values_LGPd, at, capacity)
+        found = self._sessions[session] = SessionKv(self, at, capacity)
         return found

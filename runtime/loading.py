@@ -33,8 +33,9 @@ def load_part(
     *,
     left_bytes: int,
     kv_positions: int,
+    kv: KvCache | None = None,
 ) -> LoadedPart:
-    """Load everything; the blocks take at most `left_bytes`.
+    """Load everything; the blocks take at most `left_bytes`. `kv`: an arena that stays from the plan before.
 
     Raises BudgetTooSmall when not even a window fits, CheckpointInvalid for a tile of wrong length, and what the
     sources raise.
@@ -49,7 +50,7 @@ def load_part(
         share=share,
         blocks=blocks,
         norms=load_norms(spec, share.layers, source, device),
-        kv=KvCache(spec, layers=share.layers, num_groups=len(share.groups), positions=kv_positions, device=device),
+        kv=kv or KvCache(spec, layers=share.layers, groups=share.groups, positions=kv_positions, device=device),
         device=device,
     )
     return LoadedPart(stage, head, blocks, window)

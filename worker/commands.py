@@ -56,10 +56,15 @@ class LoadTiles:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Drop:
-    """This epoch, and any before it, is over."""
+class Rest:
+    """This epoch, and any before it, is over: compute no more, and keep what is held for the next."""
 
     epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drop:
+    """There is no next plan to expect: free everything."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,8 +79,8 @@ class Stop:
     """End the thread."""
 
 
-Command = Attach | Begin | LoadTiles | Drop | Forget | Stop
-URGENT = (Begin, Drop, Stop)
+Command = Attach | Begin | LoadTiles | Rest | Drop | Forget | Stop
+URGENT = (Begin, Rest, Drop, Stop)
 """Commands that end a step or a load that is under way."""
 
 

@@ -25,6 +25,7 @@ class WorkerConfig:
     state_dir: Path | None = setting(None, "folder of keys and identities; default: $XDG_STATE_HOME/manyhands/worker")
     cache_dir: Path | None = setting(None, "folder of tiles; default: $XDG_CACHE_HOME/manyhands/worker")
     cache_limit: NumBytesText = setting("20GB", "most that tiles may take on disk")
+    spool_limit: NumBytesText = setting("4GB", "most that keys and values may take on disk while plans change")
     memory: NumBytesText = setting(
         "80%", "budget of weights, caches and process together; % is of what is available now"
     )
@@ -40,10 +41,11 @@ class WorkerConfig:
     redial_most_s: float = setting(10.0, "longest wait before dialling a lost coordinator again")
     step_timeout_s: float = setting(30.0, "how long a step may wait for a neighbour that sends nothing")
     link_timeout_s: float = setting(60.0, "how long neighbours may take to connect once all is loaded")
+    hold_s: float = setting(600.0, "how long to keep what a plan left in memory while no new one comes")
     exit_on_stdin_close: bool = setting(False, "end when standard input is closed (for a parent process)")
 
     def __post_init__(self) -> None:
-        for name in ("connect_timeout_s", "redial_first_s", "step_timeout_s", "link_timeout_s"):
+        for name in ("connect_timeout_s", "redial_first_s", "step_timeout_s", "link_timeout_s", "hold_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} {getattr(self, name)} must be positive")
         if self.redial_most_s < self.redial_first_s:

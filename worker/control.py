@@ -21,7 +21,6 @@ from protocol.errors import (
     CoordinatorLost,
     InvariantBroken,
     LinkInvalid,
-    ManyhandsError,
     VersionMismatch,
 )
 from protocol.frames import unpack_manifest
@@ -36,7 +35,6 @@ from protocol.messages import (
     Leave,
     LinkOrder,
     Load,
-    LoadProgress,
     Probe,
     Reached,
     Release,
@@ -47,17 +45,18 @@ from protocol.security import Link
 from protocol.sizes import parse_bytes
 from protocol.version import SOFTWARE
 from worker.addresses import data_addresses
-from worker.commands import Attach, Begin, Drop, Forget, LoadTiles, Report, Stop
+from worker.commands import Attach, Begin, Drop, Forget, LoadTiles, Report, Rest, Stop
 from worker.config import WorkerConfig
 from worker.connection import Connection, enroll
 from worker.device import executor_settings, profile_of
 from worker.executor import Executor
-from worker.fetcher import Fetcher
+from worker.fetching import fetch_for_plan
 from worker.groups import most_telling
 from worker.identity import Home, Identity
 from worker.links import Links
 from worker.prober import probe
 from worker.pulse import heartbeat_of, load_progress_of
+from worker.spool import Spool
 from worker.state import (
     TOLD_AS,
     BeginPlan,
@@ -65,8 +64,8 @@ from worker.state import (
     Effect,
     End,
     Event,
-    Fetched,
-    FetchFailed,
+    HoldOver,
+    HoldPlan,
     Silent,
     StartFetch,
     StartLoad,
@@ -81,7 +80,6 @@ from worker.state import (
 from worker.store import TileStore
 from worker.tile_exchange import TileExchange
 
-PROGRESS_S = 0.5
 JOIN_S = 5.0
 _log = logging.getLogger(__name__)
 
@@ -100,13 +98,15 @@ class Control:
         self._store = TileStore(config.cache_folder, parse_bytes(config.cache_limit))
         self._tiles = TileExchange(config, self._identity.keys, self._store)
         self._links = Links(self._identity.keys, config.listen)
-        self._executor = Executor(self._links, self._store, self._take_report, self._settings)
+        spool = Spool(config.cache_folder / "spool", parse_bytes(config.spool_limit))
+        self._executor = Executor(self._links, self._store, self._take_report, self._settings, spool)
         self._state = WorkerState()
         self._context = zmq.asyncio.Context()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._connection: Connection | None = None
         self._group: asyncio.TaskGroup | None = None
         self._fetch: asyncio.Task[None] | None = None
+        self._hold: asyncio.TimerHandle | None = None
         self._lease = Lease(3.0)
         self._addresses_reached: dict[WorkerId, str] = {}
         self._stop_reason = ""
@@ -135,6 +135,7 @@ class Control:
                 return
             await work
         finally:
+            self._hold_until(None)
             self._executor.submit(Stop())
             if not await asyncio.to_thread(self._executor.join, JOIN_S):
                 _log.warning("the compute thread is still busy; it ends with the process")
@@ -181,7 +182,7 @@ class Control:
             profile=profile_of(self._settings),
             data_addresses=data_addresses(self._links.address, self._config.advertise, home.addresses),
             tile_addresses=self._tiles.addresses(home.addresses),
-            epoch=0,
+            epoch=self._state.held_epoch,
             phase=TOLD_AS[self._state.phase],
         )
         connection, welcome = await Connection.open(
@@ -277,6 +278,7 @@ class Control:
     def _carry_out(self, effect: Effect) -> None:
         match effect:
             case BeginPlan(plan=plan, links=links, kv=kv):
+                self._hold_until(None)
                 self._links.admit(order.peer.public_key for order in links)
                 self._executor.submit(Begin(plan=plan, links=tuple(map(self._best_first, links)), kv=kv))
             case StartFetch(epoch=epoch):
@@ -287,14 +289,25 @@ class Control:
                     self._fetch.cancel()
             case StartLoad(epoch=epoch, entries=entries):
                 self._executor.submit(LoadTiles(epoch=epoch, entries=entries))
-            case DropPlan(epoch=epoch):
-                self._executor.submit(Drop(epoch=epoch))
+            case HoldPlan(epoch=epoch):
+                self._executor.submit(Rest(epoch=epoch))
+                self._hold_until(self._config.hold_s)
+            case DropPlan():
+                self._executor.submit(Drop())
             case Tell(message=message):
                 _log.info("telling the coordinator: %s", message)
                 if self._connection is not None:
                     self._connection.say(message)
             case End(reason=reason):
                 _log.info("ending: %s", reason)
+
+    def _hold_until(self, hold_s: float | None) -> None:
+        """Start the time for which a plan's leavings are kept; None: a new plan has come."""
+        if self._hold is not None:
+            self._hold.cancel()
+            self._hold = None
+        if hold_s is not None and self._loop is not None:
+            self._hold = self._loop.call_later(hold_s, self._apply, HoldOver())
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         if self._group is None:
@@ -319,24 +332,7 @@ class Control:
         connection.say(Reached(probe=asked.probe, workers=tuple(reached)))
 
     async def _fetch_tiles(self, effect: StartFetch, before: asyncio.Task[None] | None) -> None:
-        connection = self._connection
         if before is not None:
             await asyncio.wait((before,))
-        if connection is None:
-            return
-        told_at = 0.0
-
-        def tell_progress(done_bytes: int, total_bytes: int) -> None:
-            nonlocal told_at
-            if time.monotonic() - told_at >= PROGRESS_S or done_bytes == total_bytes:
-                told_at = time.monotonic()
-                connection.say(
-                    LoadProgress(epoch=effect.epoch, phase="fetch", done_bytes=done_bytes, total_bytes=total_bytes)
-                )
-
-        try:
-            fetched_bytes = await Fetcher(connection, self._store, effect.entries).run(tell_progress)
-        except ManyhandsError as error:
-            self._apply(FetchFailed(epoch=effect.epoch, error=error))
-            return
-        self._apply(Fetched(epoch=effect.epoch, fetched_bytes=fetched_bytes))
+        if self._connection is not None:
+            self._apply(await fetch_for_plan(self._connection, self._store, effect))

@@ -17,7 +17,7 @@ from runtime.allocator import give_back, keep_steady
 from runtime.device import measure, num_threads, pick_device
 from runtime.kernels import load_or_measure
 from worker.config import WorkerConfig
-from worker.executor import ExecutorSettings
+from worker.forming import ExecutorSettings
 from worker.loading import resident_bytes
 
 MOST_OF_MEMORY: Final = 0.95  # a process at the very limit of its control group is killed by one page too many

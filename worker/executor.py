@@ -10,44 +10,42 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import torch
 
-from protocol.errors import DeadlineExceeded, InvariantBroken, ManyhandsError, PeerLost, TileUnavailable
+from protocol.errors import InvariantBroken, ManyhandsError, PeerLost, TileUnavailable
 from protocol.frames import Buffer
-from protocol.ids import WorkerId
+from protocol.ids import SessionId, WorkerId
 from protocol.messages import Activation, Partial, Step, Sum
 from protocol.plans import Plan
-from protocol.tiles import TileEntry, TileId
-from runtime.kernels import Kernels
 from runtime.stream import StreamCounts
-from worker.commands import URGENT, Attach, Begin, Command, Drop, Failed, Forget, LoadTiles, Ready, Report, TilesSpoiled
+from worker.commands import (
+    URGENT,
+    Attach,
+    Begin,
+    Command,
+    Drop,
+    Failed,
+    Forget,
+    LoadTiles,
+    Report,
+    Rest,
+    TilesSpoiled,
+)
+from worker.forming import Bench, ExecutorSettings, Forming, LoadCount
+from worker.kv_shelf import KvShelf
 from worker.links import COORDINATOR, Arrival, Links
-from worker.loading import WorkerPart, load_worker, resident_bytes
+from worker.loading import WorkerPart
+from worker.spool import Spool
 from worker.star import Star, StarFrame
 from worker.steps import Parts, StepRunner, Work
 from worker.store import TileStore
 
 IDLE_S: Final = 1.0
-LINKING_S: Final = 0.05
 MAX_INBOX: Final = 1024
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExecutorSettings:
-    """What the owner allows: device, threads of the compute library, bytes of memory, and how long to wait."""
-
-    device: torch.device
-    num_threads: int
-    budget_bytes: int  # of the whole process
-    base_bytes: int = 0  # what the process takes before it holds anything
-    kernels: Kernels = field(default_factory=Kernels)
-    step_timeout_s: float = 30.0
-    link_timeout_s: float = 60.0
 
 
 class _Superseded(Exception):
@@ -58,29 +56,32 @@ class Executor:
     """The thread and its mailbox. `submit`, `join` and the properties may be used from other threads."""
 
     def __init__(
-        self, links: Links, store: TileStore, report: Callable[[Report], None], settings: ExecutorSettings
+        self,
+        links: Links,
+        store: TileStore,
+        report: Callable[[Report], None],
+        settings: ExecutorSettings,
+        spool: Spool,
     ) -> None:
-        """`report` is called in the compute thread; it takes the links over and closes them at the end."""
+        """`report` is called in the compute thread; it takes links and spool over and closes them at the end."""
         self._links = links
-        self._store = store
         self._report = report
         self._settings = settings
+        self._count = LoadCount()
+        self._kv = KvShelf(spool)
+        self._bench = Bench(links, store, self._kv, settings, self._count)
         self._commands: deque[Command] = deque()
         self._lock = threading.Lock()
         self._num_urgent = 0
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
         self._own = COORDINATOR
         self._plan: Plan | None = None
+        self._forming: Forming | None = None
         self._runner: StepRunner | None = None
-        self._parts: Parts | None = None
+        self._star: Star | None = None
         self._held: WorkerPart | None = None
         self._inbox: deque[Arrival] = deque()
-        self._pending: Ready | None = None
-        self._link_deadline = 0.0
         self._failed_epoch = 0
-        self._loaded_bytes = 0
-        self._loaded_before = 0
-        self._to_load_bytes = 0
         self._weight_bytes = 0
 
     # ------------------------------------------------------------ from any thread
@@ -104,14 +105,14 @@ class Executor:
     @property
     def progress(self) -> int:
         """A number that grows with every operation computed and every byte loaded or exchanged."""
-        parts = self._parts
-        star = parts.star if parts is not None else None
-        return self._loaded_bytes + (star.num_ops + star.num_bytes if star is not None else 0)
+        star = self._star
+        return self._count.bytes + (star.num_ops + star.num_bytes if star is not None else 0)
 
     @property
     def load_progress(self) -> tuple[int, int]:
         """Bytes read so far of the load under way, and those it will read at least."""
-        return self._loaded_bytes - self._loaded_before, self._to_load_bytes
+        count = self._count
+        return count.bytes - count.before, count.to_read
 
     @property
     def weight_bytes(self) -> int:
@@ -132,8 +133,7 @@ class Executor:
     @property
     def kv_bytes(self) -> int:
         """Bytes reserved for KV caches."""
-        parts = self._parts
-        return parts.kv_bytes if parts is not None else 0
+        return self._kv.reserved_bytes
 
     # ------------------------------------------------------------ Post, for the star and the steps
 
@@ -155,7 +155,7 @@ class Executor:
         deadline = time.monotonic() + timeout_s
         while True:
             self.give_way()
-            arrival = self._links.receive(deadline - time.monotonic())
+            arrival = self._receive(deadline - time.monotonic())
             if arrival is None:
                 if time.monotonic() >= deadline:
                     return None
@@ -163,6 +163,12 @@ class Executor:
                 return StarFrame(*arrival)
             else:
                 self._keep(arrival)
+
+    def hear(self) -> None:
+        """Take a message that came while this loads."""
+        self.give_way()
+        if (arrival := self._receive(0)) is not None:
+            self._keep(arrival)
 
     # ------------------------------------------------------------ the thread
 
@@ -181,16 +187,17 @@ class Executor:
                 _log.exception("the compute thread failed")
                 self._fail(InvariantBroken(f"{type(error).__name__}: {error}", node=self._own, phase="compute"))
         self._drop()
+        self._kv.close()
         self._links.close()
 
     def _work(self) -> None:
-        """Take one message, if one comes, and see whether the links are complete."""
-        wait_s = IDLE_S if self._pending is None else LINKING_S  # a link that gets complete is no message
-        arrival = self._inbox.popleft() if self._inbox else self._links.receive(wait_s)
+        """Take one message, if one comes, and go on with the plan that is being loaded."""
+        forming = self._forming
+        arrival = self._inbox.popleft() if self._inbox else self._receive(IDLE_S if forming is None else forming.wait_s)
         if arrival is not None:
             self._take(arrival)
-        if self._pending is not None:
-            self._watch_links(self._pending)
+        if forming is not None:
+            self._form(forming)
 
     def _obey(self) -> bool:
         """Carry out the commands that wait; False at `Stop`."""
@@ -203,18 +210,21 @@ class Executor:
                     self._own = worker
                     self._links.attach(worker, address, server_key, nonce)
                 case Begin(plan=plan, links=orders):
-                    self._drop()
+                    self._rest()
+                    self._let_go()
                     self._plan = plan
                     self._links.begin(plan.epoch, orders)
+                    self._forming = Forming(command, self._own, self._bench, self)
                 case LoadTiles(epoch=epoch, entries=entries):
-                    if self._plan is not None and self._plan.epoch == epoch:
-                        self._load(self._plan, entries)
-                case Drop(epoch=epoch):
+                    if self._forming is not None and self._forming.plan.epoch == epoch:
+                        self._forming.tiles_are_here(entries)
+                case Rest(epoch=epoch):
                     if self._plan is not None and self._plan.epoch <= epoch:
-                        self._drop()
+                        self._rest()
+                case Drop():
+                    self._drop()
                 case Forget(sessions=sessions):
-                    if self._runner is not None:
-                        self._runner.release(sessions)
+                    self._forget(sessions)
                 case _:
                     return False
         return True
@@ -232,83 +242,42 @@ class Executor:
                 name = type(arrival.message).__name__
                 raise InvariantBroken(f"{arrival.sender} sent a {name} outside of a step", node=arrival.sender)
 
+    def _receive(self, timeout_s: float) -> Arrival | None:
+        return self._links.receive(timeout_s)
+
     def _keep(self, arrival: Arrival) -> None:
         if len(self._inbox) >= MAX_INBOX:
             raise InvariantBroken(f"{MAX_INBOX} messages wait to be computed", node=arrival.sender)
         self._inbox.append(arrival)
 
-    def _load(self, plan: Plan, entries: tuple[TileEntry, ...]) -> None:
-        started = time.monotonic()
+    def _form(self, forming: Forming) -> None:
+        """Go on with a plan that is not ready; once it is, steps may come."""
         try:
-            self._parts = self._build(plan, entries)
+            ready = forming.advance()
         except TileUnavailable as error:
-            self._report(TilesSpoiled(epoch=plan.epoch, error=error))
+            self._report(TilesSpoiled(epoch=forming.plan.epoch, error=error))
             return
-        self._weight_bytes = sum(entry.num_bytes for entry in entries)
-        self._runner = StepRunner(plan, self._own, self._parts, self)
-        held = self._held
-        self._pending = Ready(
-            epoch=plan.epoch,
-            weight_bytes=self._weight_bytes,
-            resident_bytes=resident_bytes(),
-            load_s=time.monotonic() - started,
-            predicted_bytes=held.predicted_bytes if held else 0,
-            pinned_bytes=held.pinned_bytes if held else 0,
-            window_bytes=held.window_bytes if held else 0,
-        )
-        self._link_deadline = time.monotonic() + self._settings.link_timeout_s
-
-    def _build(self, plan: Plan, entries: tuple[TileEntry, ...]) -> Parts:
-        by_tile = {entry.tile: entry for entry in entries}
-        self._loaded_before, self._to_load_bytes = self._loaded_bytes, sum(entry.num_bytes for entry in entries)
-
-        def read(num_bytes: int) -> None:
-            self.give_way()
-            self._loaded_bytes += num_bytes
-
-        def source(tile: TileId) -> memoryview:
-            self.give_way()
-            if (arrival := self._links.receive(0)) is not None:  # neighbours say hello while this loads
-                self._keep(arrival)
-            data = self._store.read(by_tile[tile])
-            read(len(data))
-            return data
-
-        settings = self._settings
-        self._held = load_worker(
-            plan,
-            self._own,
-            source=source,
-            store=self._store,
-            entries=by_tile,
-            kernels=settings.kernels,
-            device=settings.device,
-            budget_bytes=settings.budget_bytes,
-            base_bytes=settings.base_bytes,
-            on_read=read,
-        )
-        stage, head = self._held.part.stage, self._held.part.head
-        star = Star(plan, self._own, self, settings.device, settings.step_timeout_s) if stage is not None else None
-        return Parts(stage=stage, star=star, head=head, device=settings.device)
-
-    def _watch_links(self, ready: Ready) -> None:
-        missing = self._links.unlinked
-        if not missing:
-            self._pending = None
+        finally:
+            self._held = forming.held
+        if self._runner is None and forming.held is not None:
+            self._weight_bytes = forming.held.weight_bytes
+            self._runner = self._runner_of(forming.plan, forming.held)
+        if ready is not None:
+            self._forming = None
             self._report(ready)
-        elif time.monotonic() >= self._link_deadline:
-            names = ", ".join(name or "the coordinator" for name in missing)
-            raise DeadlineExceeded(
-                f"no link to {names} within {self._settings.link_timeout_s:g} s after loading",
-                remedy="check that the devices reach each other, or let the coordinator relay",
-                node=missing[0],
-                phase="link",
-            )
+
+    def _runner_of(self, plan: Plan, held: WorkerPart) -> StepRunner:
+        stage, settings = held.part.stage, self._settings
+        self._star = (
+            Star(plan, self._own, self, settings.device, settings.step_timeout_s) if stage is not None else None
+        )
+        parts = Parts(stage=stage, star=self._star, head=held.part.head, device=settings.device)
+        return StepRunner(plan, self._own, parts, self)
 
     def _fail(self, error: ManyhandsError) -> None:
         """Report, and wait for the coordinator's word. The links stay: a break would hide the cause from the others."""
         epoch = self._plan.epoch if self._plan is not None else 0
-        self._let_go()
+        self._forming = self._runner = None
         self._inbox.clear()
         if epoch == 0:
             _log.warning("on the data sockets, without a plan: %s", error)
@@ -319,16 +288,28 @@ class Executor:
         lost = error.node if isinstance(error, PeerLost) else ""
         self._report(Failed(epoch=epoch, error=error, lost=lost))
 
-    def _drop(self) -> None:
-        self._plan = None
-        self._let_go()
-        self._weight_bytes = 0
+    def _rest(self) -> None:
+        """End the epoch; what was loaded and computed stays for the next."""
+        self._plan = self._forming = self._runner = None
         self._inbox.clear()
         self._links.end()
 
+    def _drop(self) -> None:
+        """End the epoch and free everything."""
+        self._rest()
+        self._let_go()
+        self._kv.clear()
+
+    def _forget(self, sessions: Iterable[SessionId]) -> None:
+        for session in sessions:
+            if self._runner is not None:
+                self._runner.release((session,))
+            self._kv.release(session)
+
     def _let_go(self) -> None:
-        """Free what was loaded, and end its loader."""
-        self._runner = self._pending = self._parts = None
+        """Free the weights, and end their loader."""
+        self._runner = self._forming = self._star = None
+        self._weight_bytes = 0
         held, self._held = self._held, None
         if held is not None:
             held.part.blocks.close()

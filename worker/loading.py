@@ -22,6 +22,7 @@ from protocol.plans import Plan
 from protocol.tiles import TileEntry, TileId
 from runtime.allocator import give_back
 from runtime.kernels import Kernels
+from runtime.kv import KvCache
 from runtime.loading import LoadedPart, load_part
 from runtime.shares import NO_SHARE, StageShare
 from runtime.tensors import TileSource
@@ -50,6 +51,7 @@ class WorkerPart(NamedTuple):
     room: Room
     pinned_bytes: int
     window_bytes: int
+    weight_bytes: int
 
     @property
     def predicted_bytes(self) -> int:
@@ -129,8 +131,11 @@ def load_worker(
     budget_bytes: int,
     base_bytes: int,
     on_read: Callable[[int], None],
+    kv: KvCache | None = None,
 ) -> WorkerPart:
     """Load blocks, head and KV arena; `on_read` is told of bytes read beside those of `source`.
+
+    `kv`: an arena that stays from the plan before.
 
     Raises BudgetTooSmall, StorageFull, StorageFailed, TileUnavailable.
     """
@@ -145,7 +150,9 @@ def load_worker(
         BlockCache(store, store.root / "blocks", order, entries, on_read),
         left_bytes=room.left_bytes,
         kv_positions=kv_positions(plan),
+        kv=kv,
     )
     give_back()
     window_bytes = part.window.ring_bytes
-    return WorkerPart(part, room, part.blocks.num_bytes - window_bytes, window_bytes)
+    weight_bytes = sum(entry.num_bytes for entry in entries.values())
+    return WorkerPart(part, room, part.blocks.num_bytes - window_bytes, window_bytes, weight_bytes)

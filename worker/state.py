@@ -5,7 +5,12 @@ epoch still reports is dropped.
 
     IDLE --Ordered--> FETCHING --Fetched--> LOADING --Ready--> READY
                           ^----TilesSpoiled----'
-    any of these --Unloaded, Silent--> IDLE      any of these --FetchFailed, Failed--> FAILED --Unloaded--> IDLE
+    any of these --FetchFailed, Failed--> FAILED
+    any of these, FAILED too --Unloaded, Silent--> HELD --Ordered--> FETCHING
+                                                    '---HoldOver---> IDLE
+
+A plan that is over leaves tiles, blocks, keys and values behind for the next one, which may come from a coordinator
+that has just been started again. Only when none has come for long is everything freed.
 """
 
 from __future__ import annotations
@@ -32,6 +37,7 @@ class Phase(StrEnum):
     LOADING = "loading"
     READY = "ready"
     FAILED = "failed"  # told the coordinator, which will unload or load anew
+    HELD = "held"  # no plan; what the last one left is kept for the next
     ENDING = "ending"
 
 
@@ -41,6 +47,7 @@ TOLD_AS: Final = {
     Phase.LOADING: WorkerPhase.LOADING,
     Phase.READY: WorkerPhase.READY,
     Phase.FAILED: WorkerPhase.IDLE,
+    Phase.HELD: WorkerPhase.IDLE,
     Phase.ENDING: WorkerPhase.LEAVING,
 }
 
@@ -93,13 +100,19 @@ class Silent:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HoldOver:
+    """No plan has come for as long as the last one's leavings are kept."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StopAsked:
     """The owner wants this worker to end."""
 
     reason: str
 
 
-Event = Welcomed | Ordered | Fetched | FetchFailed | Unloaded | Silent | StopAsked | Ready | TilesSpoiled | Failed
+News = Fetched | FetchFailed | Ready | TilesSpoiled | Failed
+Event = Welcomed | Ordered | Unloaded | Silent | HoldOver | StopAsked | News
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,10 +147,15 @@ class StartLoad:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DropPlan:
-    """Have the compute thread drop this epoch."""
+class HoldPlan:
+    """Have the compute thread end this epoch and keep what it left; say `HoldOver` when that has been long."""
 
     epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DropPlan:
+    """Have the compute thread free everything."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +172,7 @@ class End:
     reason: str
 
 
-Effect = BeginPlan | StartFetch | StopFetch | StartLoad | DropPlan | Tell | End
+Effect = BeginPlan | StartFetch | StopFetch | StartLoad | HoldPlan | DropPlan | Tell | End
 
 
 def ordered_by(load: Load, entries: tuple[TileEntry, ...]) -> Ordered:
@@ -164,11 +182,15 @@ def ordered_by(load: Load, entries: tuple[TileEntry, ...]) -> Ordered:
 
 
 class WorkerState:
-    """The worker's side of forming; heartbeats tell `phase` and `epoch`, `worker` is its name once it is welcomed."""
+    """The worker's side of forming; heartbeats tell `phase` and `epoch`, `worker` is its name once it is welcomed.
+
+    `held_epoch`: the plan whose leavings are kept, or the one under way; 0 when nothing is.
+    """
 
     def __init__(self) -> None:
         self.phase = Phase.IDLE
         self.epoch = 0
+        self.held_epoch = 0
         self._newest = 0
         self._term = 0
         self.worker = WorkerId("")
@@ -188,18 +210,20 @@ class WorkerState:
                 return self._ordered(event)
             case Unloaded(epoch=epoch):
                 self._newest = max(self._newest, epoch)
-                return self._drop() if self.epoch <= epoch else []
+                return self._hold() if self.epoch <= epoch else []
             case Silent():
-                return self._drop()
+                return self._hold()
+            case HoldOver():
+                return self._drop() if self.phase is Phase.HELD else []
             case StopAsked(reason=reason):
-                effects = self._drop()
+                effects = [*self._hold(), *self._drop()]
                 self.phase = Phase.ENDING
                 return [*effects, End(reason=reason)]
             case _:
                 return self._advance(event) if event.epoch == self.epoch != 0 else []
 
     def _welcomed(self, worker: WorkerId, term: int) -> list[Effect]:
-        effects = self._drop()
+        effects = self._hold()
         if term != self._term:
             self._newest = 0
         self.worker, self._term = worker, term
@@ -209,7 +233,7 @@ class WorkerState:
         if event.plan.epoch <= self._newest:  # a repeated or overtaken order
             return []
         effects: list[Effect] = [StopFetch()] if self.phase is Phase.FETCHING else []
-        self.epoch = self._newest = event.plan.epoch
+        self.epoch = self.held_epoch = self._newest = event.plan.epoch
         self.phase = Phase.FETCHING
         self._entries, self._holders = event.entries, event.holders
         self._num_fetches, self._fetched_bytes = 1, 0
@@ -219,7 +243,7 @@ class WorkerState:
             self._start_fetch(),
         ]
 
-    def _advance(self, event: Fetched | FetchFailed | Ready | TilesSpoiled | Failed) -> list[Effect]:
+    def _advance(self, event: News) -> list[Effect]:
         """Take news of the current epoch."""
         match event:
             case Fetched(fetched_bytes=fetched_bytes) if self.phase is Phase.FETCHING:
@@ -264,11 +288,20 @@ class WorkerState:
         report = ErrorReport.of(error, node=self.worker)
         return [*effects, Tell(message=Fault(epoch=self.epoch, error=report, lost=lost))]
 
-    def _drop(self) -> list[Effect]:
+    def _hold(self) -> list[Effect]:
+        """End the plan under way, if there is one, and keep what it leaves."""
+        if not self.epoch:
+            return []
         effects: list[Effect] = [StopFetch()] if self.phase is Phase.FETCHING else []
-        if self.epoch:
-            effects.append(DropPlan(epoch=self.epoch))
-        self.phase = Phase.IDLE
+        effects.append(HoldPlan(epoch=self.epoch))
+        self.phase = Phase.HELD
         self.epoch = 0
         self._entries, self._holders = (), ()
+        return effects
+
+    def _drop(self) -> list[Effect]:
+        """Let go of what is held."""
+        effects: list[Effect] = [DropPlan()] if self.phase is Phase.HELD else []
+        self.phase = Phase.IDLE
+        self.held_epoch = 0
         return effects

@@ -68,11 +68,6 @@ class Parts:
     head: Head | None
     device: torch.device
 
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes reserved for KV caches."""
-        return 0 if self.stage is None else self.stage.kv.num_bytes
-
 
 class StepRunner:
     """One worker's work under one plan."""

@@ -24,7 +24,7 @@ def make_cache(positions=100, groups=2):
     return KvCache(
         SPEC,
         layers=Span(0, SPEC.layers),
-        num_groups=groups,
+        groups=Span(0, groups),
         positions=positions,
         device=CPU,
     )

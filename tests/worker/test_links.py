@@ -22,7 +22,7 @@ from protocol.security import KeyPair
 from protocol.specs import ActivationFormat, Span
 from protocol.tiles import TileId, TileKind
 from protocol.transport import dial
-from worker.commands import Begin, Drop, Failed, Forget, LoadTiles, Ready, Stop, TilesSpoiled
+from worker.commands import Begin, Failed, Forget, LoadTiles, Ready, Rest, Stop, TilesSpoiled
 from worker.links import Links
 from worker.wire import unpack_data
 
@@ -209,7 +209,7 @@ def test_a_new_plan_ends_a_step_that_waits(cluster: TinyCluster) -> None:
     rows = [SessionRows(session=SessionId(1), start=0, count=1, capacity=4, sample=True)]
     cluster.step(pair(), 0, rows, [5], history=0)
     for hand in cluster.hands.values():
-        hand.executor.submit(Drop(epoch=1))
+        hand.executor.submit(Rest(epoch=1))
         hand.reports.clear()
     cluster.form(pair(epoch=2))
     assert len(cluster.greedy(pair(epoch=2), [1, 2, 3], 3)) == 3

@@ -23,6 +23,8 @@ from worker.state import (
     Event,
     Fetched,
     FetchFailed,
+    HoldOver,
+    HoldPlan,
     Ordered,
     Phase,
     Silent,
@@ -78,7 +80,7 @@ STORIES: dict[str, list[tuple[Event, str]]] = {
     "an order that its own unload has overtaken is dropped": [(Unloaded(epoch=2), ""), (order(2), "")],
     "unload of an older epoch changes nothing": [(order(2), "BeginPlan StartFetch"), (Unloaded(epoch=1), "")],
     "unload while fetching": [
-        (order(1), "BeginPlan StartFetch"), (Unloaded(epoch=1), "StopFetch DropPlan"), (fetched(1), ""),
+        (order(1), "BeginPlan StartFetch"), (Unloaded(epoch=1), "StopFetch HoldPlan"), (fetched(1), ""),
     ],
     "a spoiled tile is fetched again, three times in all": [
         (order(1), "BeginPlan StartFetch"), (fetched(1), "StartLoad"), (spoiled(1), "StartFetch"),
@@ -87,22 +89,27 @@ STORIES: dict[str, list[tuple[Event, str]]] = {
     ],
     "a fault is told once, and the plan waits for the coordinator's word": [
         (order(1), "BeginPlan StartFetch"), (fetched(1), "StartLoad"), (ready(1), "Tell"), (lost(1), "Tell"),
-        (lost(1), ""), (Unloaded(epoch=1), "DropPlan"), (order(2), "BeginPlan StartFetch"),
+        (lost(1), ""), (Unloaded(epoch=1), "HoldPlan"), (order(2), "BeginPlan StartFetch"),
     ],
     "a fetch that fails": [
         (order(1), "BeginPlan StartFetch"), (FetchFailed(epoch=1, error=StorageFull("full")), "StopFetch Tell"),
     ],
-    "silence drops the plan": [
-        (order(1), "BeginPlan StartFetch"), (fetched(1), "StartLoad"), (ready(1), "Tell"), (Silent(), "DropPlan"),
-        (Silent(), ""), (order(1), ""),
+    "silence ends the plan, and what it leaves is kept for a while": [
+        (order(1), "BeginPlan StartFetch"), (fetched(1), "StartLoad"), (ready(1), "Tell"), (Silent(), "HoldPlan"),
+        (Silent(), ""), (WELCOME, ""), (order(1), ""), (lost(1), ""), (HoldOver(), "DropPlan"), (HoldOver(), ""),
+        (order(2), "BeginPlan StartFetch"), (HoldOver(), ""),
+    ],
+    "a new plan comes while the last one's leavings are kept": [
+        (order(1), "BeginPlan StartFetch"), (Silent(), "StopFetch HoldPlan"), (WELCOME, ""),
+        (order(2), "BeginPlan StartFetch"), (HoldOver(), ""), (fetched(2), "StartLoad"),
     ],
     "a restarted coordinator counts anew": [
-        (order(5), "BeginPlan StartFetch"), (Silent(), "StopFetch DropPlan"),
+        (order(5), "BeginPlan StartFetch"), (Silent(), "StopFetch HoldPlan"),
         (Welcomed(worker=WorkerId("a"), term=2), ""), (order(1), "BeginPlan StartFetch"),
     ],
     "the end": [
-        (order(1), "BeginPlan StartFetch"), (StopAsked(reason="SIGTERM"), "StopFetch DropPlan End"), (order(2), ""),
-        (StopAsked(reason="again"), ""),
+        (order(1), "BeginPlan StartFetch"), (StopAsked(reason="SIGTERM"), "StopFetch HoldPlan DropPlan End"),
+        (order(2), ""), (StopAsked(reason="again"), ""),
     ],
 }  # fmt: skip
 
@@ -139,7 +146,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.state = WorkerState()
         self.state.handle(WELCOME)
         self.begun: list[int] = []
-        self.is_fetching = self.is_ended = False
+        self.is_fetching = self.is_ended = self.is_held = False
 
     @rule(
         event=st.builds(
@@ -154,6 +161,7 @@ class AnyOrder(RuleBasedStateMachine):
                     lambda epoch: Unloaded(epoch=epoch),
                     lambda epoch: FetchFailed(epoch=epoch, error=StorageFull("full")),
                     lambda epoch: Silent(),
+                    lambda epoch: HoldOver(),
                 ]
             ),
             st.integers(1, 6),
@@ -173,6 +181,7 @@ class AnyOrder(RuleBasedStateMachine):
                 case BeginPlan(plan=plan):
                     assert not self.begun or plan.epoch > self.begun[-1]
                     self.begun.append(plan.epoch)
+                    self.is_held = False
                 case StartFetch(epoch=epoch):
                     assert epoch == self.begun[-1]
                     assert not self.is_fetching
@@ -182,8 +191,12 @@ class AnyOrder(RuleBasedStateMachine):
                 case StartLoad(epoch=epoch):
                     assert epoch == self.begun[-1] == self.state.epoch
                     self.is_fetching = False
-                case DropPlan(epoch=epoch):
+                case HoldPlan(epoch=epoch):
                     assert epoch == self.begun[-1]
+                    self.is_held = True
+                case DropPlan():
+                    assert self.is_held
+                    self.is_held = False
                 case Tell(message=message):
                     assert message.epoch == self.begun[-1] == self.state.epoch
                 case End():
@@ -191,8 +204,10 @@ class AnyOrder(RuleBasedStateMachine):
 
     @invariant()
     def phase_and_epoch_agree(self) -> None:
-        is_idle = self.state.phase in (Phase.IDLE, Phase.ENDING)
+        is_idle = self.state.phase in (Phase.IDLE, Phase.HELD, Phase.ENDING)
         assert (self.state.epoch == 0) is is_idle
+        assert self.is_held is (self.state.phase is Phase.HELD)
+        assert (self.state.held_epoch != 0) is (not is_idle or self.is_held)
         assert not self.is_fetching or self.state.phase is Phase.FETCHING
 
 

@@ -23,8 +23,10 @@ from protocol.specs import ActivationFormat, ModelSpec, RopeSpec, Span, WeightFo
 from protocol.tiles import TileEntry, TileId, all_tiles, tile_bytes, tile_parts
 from protocol.transport import bind_router, envelope_of
 from worker.commands import Attach, Begin, LoadTiles, Ready, Report, Stop
-from worker.executor import Executor, ExecutorSettings
+from worker.executor import Executor
+from worker.forming import ExecutorSettings
 from worker.links import Links
+from worker.spool import Spool
 from worker.store import TileStore
 
 SPEC = ModelSpec(
@@ -114,7 +116,8 @@ class TinyCluster:
         links, store = Links(keys, LOOPBACK), TileStore(self._folder / name, 2**30)
         reports: list[Report] = []
         chosen = {"device": torch.device("cpu"), "num_threads": 1, "budget_bytes": 2**40, **settings}
-        executor = Executor(links, store, reports.append, ExecutorSettings(**chosen))
+        spool = Spool(self._folder / name, 2**30)
+        executor = Executor(links, store, reports.append, ExecutorSettings(**chosen), spool)
         hand = Hand(WorkerId(name), keys, links, executor, store, reports)
         executor.start()
         executor.submit(Attach(worker=hand.name, address=self._address, server_key=self._keys.public))
