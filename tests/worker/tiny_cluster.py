@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from protocol.security import Gate, KeyPair
 from protocol.specs import ActivationFormat, ModelSpec, RopeSpec, Span, WeightFormat
 from protocol.tiles import TileEntry, TileId, all_tiles, tile_bytes, tile_parts
 from protocol.transport import bind_router, envelope_of
-from worker.commands import Attach, Begin, LoadTiles, Ready, Report, Stop
+from worker.commands import NO_ORDERS, Attach, Begin, KvOrders, LoadTiles, Ready, Report, Stop
 from worker.executor import Executor
 from worker.forming import ExecutorSettings
 from worker.links import Links
@@ -36,6 +36,7 @@ SPEC = ModelSpec(
 )  # fmt: skip
 GREEDY = Sampling()
 DEADLINE_S = 20.0
+NOTHING: Mapping[str, KvOrders] = {}
 LOOPBACK = "tcp://127.0.0.1:*"
 
 
@@ -124,7 +125,12 @@ class TinyCluster:
         self.hands[name] = hand
         return hand
 
-    def begin(self, plan: Plan, modes: Callable[[str, str], bool] = lambda one, other: True) -> None:
+    def begin(
+        self,
+        plan: Plan,
+        modes: Callable[[str, str], bool] = lambda one, other: True,
+        kv: Mapping[str, KvOrders] = NOTHING,
+    ) -> None:
         """Hand out a plan; `modes(hub side, other)` says whether a link is direct (the second dials)."""
         orders: dict[str, list[LinkOrder]] = {name: [] for name in plan.workers}
         for listener, dialler in plan.links():
@@ -140,11 +146,16 @@ class TinyCluster:
             for entry in hand.store.missing(entries):
                 put(hand.store, entry, self.tiles[entry.tile])
             hand.links.admit(order.peer.public_key for order in orders[name])
-            hand.executor.submit(Begin(plan=plan, links=tuple(orders[name])))
+            hand.executor.submit(Begin(plan=plan, links=tuple(orders[name]), kv=kv.get(name, NO_ORDERS)))
             hand.executor.submit(LoadTiles(epoch=plan.epoch, entries=entries))
 
-    def form(self, plan: Plan, modes: Callable[[str, str], bool] = lambda one, other: True) -> None:
-        self.begin(plan, modes)
+    def form(
+        self,
+        plan: Plan,
+        modes: Callable[[str, str], bool] = lambda one, other: True,
+        kv: Mapping[str, KvOrders] = NOTHING,
+    ) -> None:
+        self.begin(plan, modes, kv)
         self.pump(lambda: all(self.ready(name, plan.epoch) for name in plan.workers))
 
     def ready(self, name: str, epoch: int) -> Ready | None:

@@ -1,0 +1,175 @@
+"""A new plan carries sessions over: what workers keep, and that the tokens after the cut are those of no cut."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_cluster import SPEC, TinyCluster, plan_of
+
+from protocol.ids import SessionId
+from protocol.messages import Carry
+from protocol.plans import Plan
+from protocol.specs import Span
+from worker.commands import Drop, KvOrders
+
+ALL, GROUPS, FFN = Span(0, SPEC.layers), Span(0, SPEC.kv_heads), Span(0, SPEC.ffn_tiles)
+PROMPTS = {1: [3, 14, 15, 92, 65, 35, 8, 9], 2: [5, 6, 7]}
+CAPACITY, COUNT = 40, 14
+NAMES = ("a", "b", "c")
+
+
+def alone(name: str = "a", epoch: int = 1) -> Plan:
+    return plan_of([(ALL, [(name, GROUPS, FFN)], 0)], head="a", epoch=epoch)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyCluster]:
+    one = TinyCluster(tmp_path_factory.mktemp("carry"))
+    for name in NAMES:
+        one.add(name)
+    yield one
+    one.close()
+
+
+@pytest.fixture(scope="module")
+def logs(cluster: TinyCluster) -> dict[int, list[int]]:
+    """The undisturbed runs."""
+    plan = alone()
+    cluster.form(plan)
+    return {
+        session: cluster.go_on(plan, prompt, COUNT, capacity=CAPACITY, session=session)
+        for session, prompt in PROMPTS.items()
+    }
+
+
+class Run:
+    """Sessions that go on under one plan after the other."""
+
+    def __init__(self, cluster: TinyCluster) -> None:
+        self.cluster = cluster
+        self.logs = {session: list(prompt) for session, prompt in PROMPTS.items()}
+        self.computed = dict.fromkeys(PROMPTS, 0)
+        self.places: dict[int, int] = {}
+
+    def turn(self, plan: Plan, order: Sequence[int]) -> dict[str, dict[int, int]]:
+        """Form a plan, sessions lying in this order; returns what each worker holds."""
+        self.places = {session: number * CAPACITY for number, session in enumerate(order)}
+        carries = tuple(
+            Carry(session=SessionId(session), at=at, capacity=CAPACITY, computed=self.computed[session])
+            for session, at in self.places.items()
+        )
+        self.cluster.form(plan, kv={name: KvOrders(carries=carries) for name in plan.workers})
+        held = {name: self.held(name, plan) for name in plan.workers}
+        for session in self.logs:
+            self.computed[session] = min(found.get(session, 0) for found in held.values())
+        return held
+
+    def held(self, name: str, plan: Plan) -> dict[int, int]:
+        ready = self.cluster.ready(name, plan.epoch)
+        assert ready is not None
+        return {one.session: one.positions for one in ready.held}
+
+    def step(self, plan: Plan, session: int, count: int) -> None:
+        log = self.logs[session]
+        self.logs[session] = self.cluster.go_on(
+            plan, log, count, capacity=CAPACITY, computed=self.computed[session], session=session,
+            at=self.places[session],
+        )  # fmt: skip
+        if count:
+            self.computed[session] = len(self.logs[session]) - 1
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    """Any way to cut the model over some of the workers; "a" is the head."""
+    names = draw(st.permutations(NAMES).map(list))[: draw(st.integers(1, 3))]
+    stages, layers = [], _cuts(draw, SPEC.layers, draw(st.integers(1, len(names))))
+    for number, span in enumerate(layers):
+        left = len(layers) - number - 1
+        members = [names.pop() for _ in range(draw(st.integers(1, len(names) - left)) if left else len(names))]
+        groups, ffn = _cuts(draw, SPEC.kv_heads, len(members)), _cuts(draw, SPEC.ffn_tiles, len(members))
+        if any(not len(one) and not len(other) for one, other in zip(groups, ffn, strict=True)):
+            members, groups, ffn = members[:1], [GROUPS], [FFN]
+        lines = [(name, one, other) for name, one, other in zip(members, groups, ffn, strict=True)]
+        stages.append((span, lines, draw(st.integers(0, len(members) - 1))))
+    return plan_of(stages, head="a")
+
+
+def _cuts(draw: st.DrawFn, whole: int, parts: int) -> list[Span]:
+    """Cut `[0, whole)` into spans; where there are more parts than items, some are empty."""
+    least = min(parts, whole)
+    inner = sorted(draw(st.lists(st.integers(1, whole - 1), min_size=least - 1, max_size=least - 1, unique=True)))
+    borders = [0, *inner, *([whole] * (parts - least)), whole]
+    return [Span(start, end) for start, end in itertools.pairwise(borders)]
+
+
+EPOCHS = iter(range(10, 10**9))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(plans(), min_size=2, max_size=4),
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=4, max_size=4),
+    st.lists(st.permutations([1, 2]), min_size=4, max_size=4),
+)
+def test_tokens_after_any_cut_are_those_of_no_cut(
+    cluster: TinyCluster, logs: dict[int, list[int]], chosen: list[Plan], counts: list[tuple[int, int]],
+    orders: list[list[int]],
+) -> None:  # fmt: skip
+    run, known = Run(cluster), Known()
+    try:
+        for cut, (first, second), order in zip(chosen, counts, orders, strict=False):
+            plan = dataclasses.replace(cut, epoch=next(EPOCHS))
+            before = dict(run.computed)
+            held = run.turn(plan, order)
+            assert held == {name: known.turn(plan, name, before) for name in plan.workers}
+            run.step(plan, 1, first)
+            run.step(plan, 2, second)
+            for name in plan.workers:
+                known.stepped(plan, name, {1: first, 2: second}, run.computed)
+    finally:
+        for name in NAMES:
+            cluster.hands[name].executor.submit(Drop())
+    for session, log in run.logs.items():
+        assert log == logs[session][: len(log)]
+
+
+class Known:
+    """Which rows each worker has: by worker, session and cell."""
+
+    def __init__(self) -> None:
+        self.rows: dict[tuple[str, int, tuple[int, int]], int] = {}
+
+    def turn(self, plan: Plan, name: str, computed: dict[int, int]) -> dict[int, int]:
+        """Return what it holds of each session under a plan."""
+        held: dict[int, int] = {}
+        for session, length in computed.items():
+            keys = [(name, session, cell) for cell in _cells(plan, name)]
+            least = min([length, *(self.rows.get(key, 0) for key in keys)])
+            if least:
+                held[session] = least
+                self.rows.update(dict.fromkeys(keys, least))
+        return held
+
+    def stepped(self, plan: Plan, name: str, counts: dict[int, int], computed: dict[int, int]) -> None:
+        """Its own cells have grown in the arena; rows of before that wait in the spool are as good."""
+        for session, count in counts.items():
+            for cell in _cells(plan, name) if count else ():
+                key = (name, session, cell)
+                self.rows[key] = max(self.rows.get(key, 0), computed[session])
+
+
+def _cells(plan: Plan, name: str) -> set[tuple[int, int]]:
+    return {
+        (layer, group)
+        for stage in plan.stages
+        for share in stage.members
+        for layer in stage.layers
+        for group in share.groups
+        if share.worker == name
+    }
