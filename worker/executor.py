@@ -154,9 +154,10 @@ class Executor:
         """Return the next `Partial` or `Sum`; what else arrives waits for its turn."""
         deadline = time.monotonic() + timeout_s
         while True:
-            self.give_way()
-            arrival = self._receive(deadline - time.monotonic())
+            # What has come is taken before way is given: the sum that ends a step is worth the step.
+            arrival = self._receive(0 if self._num_urgent else deadline - time.monotonic())
             if arrival is None:
+                self.give_way()
                 if time.monotonic() >= deadline:
                     return None
             elif isinstance(arrival.message, Partial | Sum):

@@ -57,7 +57,7 @@ class KvShelf:
             if place is None or (stays and carry and (carry.at, carry.capacity) == (place.at, place.capacity)):
                 continue
             if carry is not None and arena.spec == spec:
-                self._put_away(session, min(place.length, carry.computed))
+                self._put_away(session, place.length)
             arena.release(session)
         if not stays:
             self.arena = None

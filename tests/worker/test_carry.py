@@ -54,13 +54,16 @@ class Run:
         self.cluster = cluster
         self.logs = {session: list(prompt) for session, prompt in PROMPTS.items()}
         self.computed = dict.fromkeys(PROMPTS, 0)
+        self.most = dict.fromkeys(PROMPTS, 0)
         self.places: dict[int, int] = {}
+        self.num_steps = 0
 
     def turn(self, plan: Plan, order: Sequence[int]) -> dict[str, dict[int, int]]:
         """Form a plan, sessions lying in this order; returns what each worker holds."""
+        self.num_steps = 0
         self.places = {session: number * CAPACITY for number, session in enumerate(order)}
         carries = tuple(
-            Carry(session=SessionId(session), at=at, capacity=CAPACITY, computed=self.computed[session])
+            Carry(session=SessionId(session), at=at, capacity=CAPACITY, computed=self.most[session])
             for session, at in self.places.items()
         )
         self.cluster.form(plan, kv={name: KvOrders(carries=carries) for name in plan.workers})
@@ -80,8 +83,12 @@ class Run:
             plan, log, count, capacity=CAPACITY, computed=self.computed[session], session=session,
             at=self.places[session],
         )  # fmt: skip
+        self.num_steps += count
+        # The head's word comes when the last stage's hub has computed; its members may be a moment behind.
+        executors = [self.cluster.hands[name].executor for name in plan.workers]
+        self.cluster.pump(lambda: all(executor.work.steps >= self.num_steps for executor in executors))
         if count:
-            self.computed[session] = len(self.logs[session]) - 1
+            self.computed[session] = self.most[session] = len(self.logs[session]) - 1
 
 
 @st.composite
@@ -125,7 +132,7 @@ def test_tokens_after_any_cut_are_those_of_no_cut(
     try:
         for cut, (first, second), order in zip(chosen, counts, orders, strict=False):
             plan = dataclasses.replace(cut, epoch=next(EPOCHS))
-            before = dict(run.computed)
+            before = dict(run.most)
             held = run.turn(plan, order)
             assert held == {name: known.turn(plan, name, before) for name in plan.workers}
             run.step(plan, 1, first)
@@ -145,10 +152,10 @@ class Known:
     def __init__(self) -> None:
         self.rows: dict[tuple[str, int, tuple[int, int]], int] = {}
 
-    def turn(self, plan: Plan, name: str, computed: dict[int, int]) -> dict[int, int]:
+    def turn(self, plan: Plan, name: str, most: dict[int, int]) -> dict[int, int]:
         """Return what it holds of each session under a plan."""
         held: dict[int, int] = {}
-        for session, length in computed.items():
+        for session, length in most.items():
             keys = [(name, session, cell) for cell in _cells(plan, name)]
             least = min([length, *(self.rows.get(key, 0) for key in keys)])
             if least:
