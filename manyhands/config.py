@@ -67,3 +67,4 @@ class DemoConfig:
     seed: int = setting(1, "same seed, same answer")
     dtype: str = setting("float32", "number format of the weights: auto (as stored), float32, bfloat16, int8, int4")
     memory: str = setting("", "memory each worker process may take, e.g. 400MB")
+    kill: bool = setting(True, "kill a worker in the middle of a second answer, to see how that goes on")

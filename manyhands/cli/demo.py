@@ -5,6 +5,7 @@ Knows nothing of how a cluster is made (`manyhands.cluster`).
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from typing import Any
@@ -20,8 +21,10 @@ from manyhands.cluster import LocalCluster
 from manyhands.config import DemoConfig
 from manyhands.connection import Status
 from manyhands.results import Generation
+from manyhands.sync import GenerationStream
 
 TOP_P = 0.9  # small models wander in the long tail
+KILL_AFTER = 8  # pieces of the second answer
 
 
 def command() -> click.Command:
@@ -51,6 +54,8 @@ def run(**given: Any) -> None:
         answer = _speak(cluster, config)
         pids = {worker.name: worker.pid for worker in cluster.workers}
         _show(cluster.status(), pids, answer)
+        if config.kill and len(pids) > 1:
+            _lose_one(cluster, config, answer)
 
 
 class Narrator:
@@ -69,10 +74,8 @@ class Narrator:
         self._note.say(self._meter.see(status, time.monotonic()))
 
 
-def _speak(cluster: LocalCluster, config: DemoConfig) -> Generation:
-    out = sys.stdout
-    out.write(config.prompt)
-    stream = cluster.client().generate(
+def _stream(cluster: LocalCluster, config: DemoConfig) -> GenerationStream:
+    return cluster.client().generate(
         config.prompt,
         max_tokens=config.max_tokens,
         temperature=config.temperature,
@@ -80,6 +83,32 @@ def _speak(cluster: LocalCluster, config: DemoConfig) -> Generation:
         seed=config.seed,
         stream=True,
     )
+
+
+def _lose_one(cluster: LocalCluster, config: DemoConfig, before: Generation) -> None:
+    """Ask for the same once more, kill the last worker in mid-answer, and tell how the answer went on."""
+    victim = cluster.workers[-1].name
+    arrivals: list[float] = []
+    tokens: list[int] = []
+    with _stream(cluster, config) as stream:
+        for piece in stream:
+            tokens += piece.token_ids
+            arrivals.append(time.monotonic())
+            if len(arrivals) == KILL_AFTER:
+                cluster.kill(victim)
+    if len(arrivals) <= KILL_AFTER:
+        return  # too short an answer to lose anybody in it
+    pause_s = max(later - earlier for earlier, later in itertools.pairwise(arrivals[KILL_AFTER - 1 :]))
+    same = "with the same tokens" if tuple(tokens) == before.token_ids else "but with OTHER TOKENS, which is a bug"
+    out = console(sys.stdout)
+    out.print(f"\nThe same once more, and {victim} is killed after {KILL_AFTER} tokens:")
+    out.print(f"the answer goes on after {pause_s:.2f} s on {plan_line(cluster.status())}, {same}")
+
+
+def _speak(cluster: LocalCluster, config: DemoConfig) -> Generation:
+    out = sys.stdout
+    out.write(config.prompt)
+    stream = _stream(cluster, config)
     with stream:
         for piece in stream:
             out.write(piece.text)

@@ -47,6 +47,8 @@ def test_the_demo_shows_who_did_what(environ: dict[str, str]) -> None:
     assert not [pid for _, pid, *_ in rows if psutil.pid_exists(int(pid))]
     for words in ("class Stack:", "time to first token", "tokens/s", "16 out", "encrypted            yes"):
         assert words in done.stdout
+    assert "worker-3 is killed after 8 tokens" in done.stdout
+    assert done.stdout.endswith("with the same tokens\n")
 
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
