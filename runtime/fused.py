@@ -1,6 +1,6 @@
 """How a block lies in memory and on disk: which fused matrices it has, and how tiles are copied into them.
 
-Knows nothing of kernels' packing beyond int4's, and nothing of files. The layout depends on the spec, the share and the
+Knows nothing of kernels and nothing of files. The layout depends on the spec, the share and the
 operation alone, so a block that was written once can be read straight into a slot.
 
 Shapes: D hidden, G KV-head groups held, w their query width in columns, d head_dim, F FFN columns held.
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from protocol.specs import INT4_GROUP, ModelSpec, Span, WeightFormat
 from protocol.tiles import HEAD_LAYER, Layout, Part, TileId, TileKind, ffn_span, lm_head_span, vocab_format
-from runtime.quantised import Int4Weight, can_pack_int4, pack_int4
 from runtime.shares import StageShare, holds_nothing, vocab_tiles
 from runtime.tensors import TileSource, as_tensor, dtype_named, tile_tensors
 
@@ -91,11 +90,8 @@ def allocate_block(spec: ModelSpec, share: StageShare, op: int, device: torch.de
     }
 
 
-def fill_block(spec: ModelSpec, share: StageShare, op: int, into: Tensors, source: TileSource, *, pack: bool) -> None:
-    """Copy the tiles of a block into its tensors, one tile at a time; `pack`: int4 nibbles in torch's order.
-
-    Raises CheckpointInvalid for a tile of wrong length.
-    """
+def fill_block(spec: ModelSpec, share: StageShare, op: int, into: Tensors, source: TileSource) -> None:
+    """Copy the tiles of a block into its tensors, one tile at a time; raises CheckpointInvalid for a wrong length."""
     for tile in block_tiles(spec, share, op):
         parts = tile_tensors(spec, tile, source(tile))
         for piece in _pieces(spec, share, tile, op):
@@ -103,9 +99,6 @@ def fill_block(spec: ModelSpec, share: StageShare, op: int, into: Tensors, sourc
         for name in ("o.bias", "down.bias", "q_norm", "k_norm"):
             if name in parts:
                 into[name].copy_(parts[name])
-    for name in [name for name in into if pack and f"{name}.steps" in into]:
-        if is_packable(into[name]):
-            pack_in_place(into[name])
 
 
 def block_tiles(spec: ModelSpec, share: StageShare, op: int) -> list[TileId]:
@@ -116,18 +109,6 @@ def block_tiles(spec: ModelSpec, share: StageShare, op: int) -> list[TileId]:
     layer, is_ffn = divmod(op, 2)
     kind, span = (TileKind.FFN, share.ffn) if is_ffn else (TileKind.ATTENTION, share.groups)
     return [TileId(layer, kind, index) for index in span]
-
-
-def is_packable(nibbles: Tensor) -> bool:
-    """Say whether torch's int4 product takes this fused matrix."""
-    return can_pack_int4(nibbles.shape[0], 2 * nibbles.shape[1], INT4_GROUP)
-
-
-def pack_in_place(nibbles: Tensor) -> None:
-    """Turn nibbles (even column low) into torch's order, in the same memory."""
-    rows = nibbles.shape[0]
-    unused = torch.empty(rows, 1, dtype=torch.bfloat16)
-    nibbles.copy_(pack_int4(Int4Weight(nibbles, unused, unused))[0])
 
 
 def _add(layout: Layout, spec: ModelSpec, name: str, rows: int, cols: int) -> None:

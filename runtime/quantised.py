@@ -1,6 +1,7 @@
-"""Kernels for quantised matrices: what torch offers for int8 and int4, and a plain way that is right everywhere.
+"""Kernels for quantised matrices: what torch offers for int8, and a plain way that is right everywhere.
 
-Knows nothing of layers or of which kernel is fastest here: `runtime.kernels` tries them and chooses.
+Knows nothing of layers or of which kernel is fastest here: `runtime.kernels` tries them and chooses. What torch offers
+for int4 stands in `runtime.int4`.
 
 Shapes: T rows of a batch, I input features, O output features, g columns a group. Weights as in `protocol.tiles`:
 int8 `[O, I]` with one scale a row; int4 two nibbles a byte, `(nibble - 8) * scale + zero` in groups of g columns.
@@ -16,8 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-PACKED_STRIP = 64
-PACK_ROWS = 256  # torch packs int4 in strips of 64 rows (32 without AVX-512); whole strips can be packed one by one
 ACTIVATION_STEP = float(torch.tensor(2.0) / 255)  # int8 activations: [-1, 1] in 255 steps, in float32
 DEQUANTISE_BYTES = 8 << 20  # of weights at a time: stays in the cache between writing and reading
 
@@ -77,7 +76,7 @@ class DequantisedLinear:
         self._rows = int(weight[0].shape[0])
         cols = int(weight[0].shape[1]) * (2 if isinstance(weight, Int4Weight) else 1)
         self._strip = max(1, DEQUANTISE_BYTES // (4 * cols))
-        self.num_bytes = _num_bytes(*weight, bias_O)
+        self.num_bytes = sum_bytes(*weight, bias_O)
 
     def apply(self, x_TI: Tensor) -> Tensor:
         """Return the product, `[T, O]`."""
@@ -117,7 +116,7 @@ class Int8Integer:
         self._value_OI = weight.value_OI
         self._step_O = weight.scale_O * _step(weight.scale_O.device)
         self._bias_O = bias_O
-        self.num_bytes = _num_bytes(*weight, bias_O)
+        self.num_bytes = sum_bytes(*weight, bias_O)
 
     def apply(self, x_TI: Tensor) -> Tensor:
         """Return the product, `[T, O]`."""
@@ -154,7 +153,7 @@ class Int8Dynamic:
             quantised = torch._make_per_channel_quantized_tensor(weight.value_OI, weight.scale_O.double(), zeros, 0)
             self._packed = torch.ops.quantized.linear_prepack(quantised, None)
         self._bias_O = bias_O
-        self.num_bytes = _num_bytes(*weight, bias_O)
+        self.num_bytes = sum_bytes(*weight, bias_O)
 
     def apply(self, x_TI: Tensor) -> Tensor:
         """Return the product, `[T, O]`."""
@@ -166,82 +165,6 @@ class Int8Dynamic:
         product = torch.ops.quantized.linear_dynamic(scaled, self._packed, False)
         result_TO: Tensor = product[:rows].mul_(most_T1).to(x_TI.dtype)
         return result_TO if self._bias_O is None else result_TO.add_(self._bias_O)
-
-
-class Int4Packed:
-    """torch's int4 product on its own packing, for few rows; activations and result in bfloat16.
-
-    `packed` is `pack_int4` of the nibbles: a plain tensor, so a streamed block can hold it.
-    """
-
-    def __init__(self, packed: Tensor, scales_and_zeros: Tensor, group: int, bias_O: Tensor | None) -> None:
-        self._packed = packed
-        self._scales_and_zeros = scales_and_zeros
-        self._group = group
-        self._bias_O = bias_O
-        self.num_bytes = _num_bytes(packed, scales_and_zeros, bias_O)
-
-    def apply(self, x_TI: Tensor) -> Tensor:
-        """Return the product, `[T, O]`."""
-        result_TO: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            x_TI.to(torch.bfloat16), self._packed, self._group, self._scales_and_zeros
-        ).to(x_TI.dtype)
-        return result_TO if self._bias_O is None else result_TO.add_(self._bias_O)
-
-
-class Int4Unpacked:
-    """The same packed nibbles for many rows: a strip at a time becomes floats and is multiplied."""
-
-    def __init__(self, packed: Tensor, scales_and_zeros: Tensor, group: int, bias_O: Tensor | None) -> None:
-        self._packed = packed
-        self._scales_and_zeros = scales_and_zeros
-        self._group = group
-        self._bias_O = bias_O
-        self.num_bytes = _num_bytes(packed, scales_and_zeros, bias_O)
-
-    def apply(self, x_TI: Tensor) -> Tensor:
-        """Return the product, `[T, O]`."""
-        rows, inputs = self._packed.shape[0], 2 * self._packed.shape[1]
-        result_TO = torch.empty(x_TI.shape[0], rows, dtype=x_TI.dtype)
-        for first in range(0, rows, PACK_ROWS):
-            strip = slice(first, min(first + PACK_ROWS, rows))
-            nibble = unpack_int4(self._packed[strip]).view(inputs // self._group, self._group, -1)
-            scale, zero = self._scales_and_zeros[:, None, strip, 0], self._scales_and_zeros[:, None, strip, 1]
-            weight = ((nibble.float() - 8) * scale.float() + zero.float()).view(inputs, -1).to(x_TI.dtype)
-            result_TO[:, strip] = x_TI @ weight
-        return result_TO if self._bias_O is None else result_TO.add_(self._bias_O)
-
-
-def can_pack_int4(rows: int, cols: int, group: int) -> bool:
-    """Say whether torch's int4 product takes this shape."""
-    return rows % 16 == 0 and group in (32, 64, 128, 256) and cols % group == 0
-
-
-def pack_int4(weight: Int4Weight) -> tuple[Tensor, Tensor]:
-    """Return (packed `[O, I/2]`, scales and zeros `[I/g, O, 2]`) for `Int4Packed`."""
-    packed = torch.empty_like(weight.packed)
-    for first in range(0, packed.shape[0], PACK_ROWS):
-        strip = weight.packed[first : first + PACK_ROWS]
-        nibble = torch.stack((strip & 15, strip >> 4), dim=-1).view(strip.shape[0], -1)
-        packed[first : first + PACK_ROWS] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibble.int(), 1)
-    return packed, torch.stack((weight.scale, weight.zero), dim=-1).transpose(0, 1).contiguous()
-
-
-def unpack_int4(packed: Tensor) -> Tensor:
-    """Return the nibbles of whole strips that `pack_int4` packed, transposed: uint8 `[I, O]`.
-
-    torch's layout (ATen/native/cpu/int4mm_kernel.cpp), which `runtime.kernels` proves before it is relied on: for each
-    64 rows and each column 32 bytes, the low halves rows 0 to 31, the high halves rows 32 to 63; in a shorter last
-    strip neighbouring rows share a byte.
-    """
-    rows, half = packed.shape
-    full = rows // PACKED_STRIP * PACKED_STRIP
-    body = packed[:full].reshape(-1, 2 * half, PACKED_STRIP // 2)
-    pieces = [torch.cat((body & 15, body >> 4), dim=-1).permute(1, 0, 2).reshape(2 * half, full)]
-    if full < rows:
-        tail = packed[full:].reshape(2 * half, (rows - full) // 2)
-        pieces.append(torch.stack((tail & 15, tail >> 4), dim=-1).view(2 * half, rows - full))
-    return torch.cat(pieces, dim=1)
 
 
 class ByRows:
@@ -262,7 +185,8 @@ def _step(device: torch.device) -> Tensor:
     return torch.tensor(ACTIVATION_STEP, dtype=torch.float32, device=device)
 
 
-def _num_bytes(*tensors: Tensor | None) -> int:
+def sum_bytes(*tensors: Tensor | None) -> int:
+    """Return the bytes of those tensors that are there."""
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 

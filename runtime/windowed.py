@@ -17,9 +17,9 @@ from protocol.errors import InvariantBroken
 from protocol.specs import ModelSpec
 from runtime.blocks import Block, BlockSource, VocabBlock, make_block
 from runtime.direct import DirectFile, aligned_buffer
-from runtime.fused import Tensors, allocate_block, block_bytes, fill_block, view_block
+from runtime.fused import Tensors, allocate_block, block_bytes, block_parts, fill_block, view_block
 from runtime.kernels import Kernels
-from runtime.matrices import make_matrix
+from runtime.matrices import arrange, arrangement, make_matrix
 from runtime.shares import StageShare, used_ops
 from runtime.stream import Ring, StreamCounts
 from runtime.tensors import TileSource
@@ -59,8 +59,13 @@ class BlockOrder:
         return [block_bytes(self.spec, self.share, op) for op in self.ops]
 
     def fill(self, op: int, into: Tensors, source: TileSource) -> None:
-        """Fill a block's tensors from its tiles."""
-        fill_block(self.spec, self.share, op, into, source, pack=self.kernels.packs_int4)
+        """Fill a block's tensors from its tiles, as this device's kernels want them."""
+        fill_block(self.spec, self.share, op, into, source)
+        arrange(into, self.kernels)
+
+    def form(self, op: int) -> bytes:
+        """Say how this device's kernels want a block to lie in memory: blocks of equal form are the same bytes."""
+        return arrangement(block_parts(self.spec, self.share, op), self.kernels)
 
     def make(self, op: int, tensors: Tensors, *, is_pinned: bool) -> AnyBlock:
         """Put a block together."""

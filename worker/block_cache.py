@@ -24,7 +24,7 @@ from runtime.fused import block_tiles
 from runtime.windowed import BlockOrder
 from worker.store import TileStore
 
-LAYOUT_VERSION = 1  # raise when `runtime.fused` changes the bytes of any block
+LAYOUT_VERSION = 2  # raise when `runtime.fused` changes the bytes of any block
 _log = logging.getLogger(__name__)
 
 
@@ -58,7 +58,7 @@ class BlockCache:
     def _key(self, op: int) -> str:
         order = self._order
         digests = [self._tiles[tile].digest for tile in block_tiles(order.spec, order.share, op)]
-        form = [LAYOUT_VERSION, op, pack(order.spec), order.kernels.packs_int4, digests]
+        form = [LAYOUT_VERSION, op, pack(order.spec), order.form(op), digests]
         return hashlib.sha256(msgpack.packb(form)).hexdigest()
 
     def _known(self, note: Path, op: int, num_bytes: int) -> TileEntry | None:

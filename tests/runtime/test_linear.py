@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from runtime import linear
+from protocol.tiles import Part
+from runtime import packed
 from runtime.kernels import Kernels
-from runtime.linear import PackedLinear, PlainLinear, can_pack_bfloat16
-from runtime.matrices import make_matrix
+from runtime.linear import PackedLinear, PlainLinear
+from runtime.matrices import arrange, arrangement, make_matrix
+from runtime.packed import can_pack_bfloat16, can_view_packed
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -41,6 +43,35 @@ def test_bfloat16_is_packed_only_where_it_may_be(can_pack, is_pinned):
     assert type(make_matrix({"w": torch.zeros(16, 16)}, "w", kernels, is_pinned=is_pinned)) is PlainLinear
 
 
+@pytest.mark.parametrize("shape", [(128, 64), (192, 96), (64, 1000), (48, 64), (100, 33)])
+def test_bfloat16_has_the_same_bits_packed_viewed_and_plain_alone_and_in_a_batch(shape):
+    if not can_view_packed():
+        pytest.skip("this build of torch makes no views on packed memory")
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(shape, generator=generator).bfloat16()
+    x = torch.randn(9, shape[1], generator=generator).bfloat16()
+    packs, views = (Kernels(packs_bfloat16=True, views_bfloat16=views) for views in (False, True))
+    arranged = {"w": weight.clone()}
+    arrange(arranged, views)
+    with torch.inference_mode():
+        wanted = make_matrix({"w": weight}, "w", packs, is_pinned=True).apply(x)
+        for matrix in (
+            make_matrix({"w": weight}, "w", packs, is_pinned=False),
+            make_matrix(arranged, "w", views, is_pinned=True),
+            make_matrix(arranged, "w", views, is_pinned=False),
+        ):
+            assert torch.equal(matrix.apply(x), wanted)
+            assert torch.equal(torch.cat([matrix.apply(row[None]) for row in x]), wanted)
+
+
+def test_an_arrangement_names_what_lies_where():
+    parts = [Part("w", "bfloat16", 128, 64, 0, 128 * 64 * 2), Part("w.bias", "bfloat16", 128, 0, 128 * 64 * 2, 256)]
+    plain, viewed = (arrangement(parts, Kernels(views_bfloat16=views)) for views in (False, can_view_packed()))
+    assert (plain == viewed) is not can_view_packed()
+    nibbles = [Part("w", "uint8", 64, 32, 0, 2048), Part("w.steps", "bfloat16", 2, 128, 2048, 512)]
+    assert arrangement(nibbles, Kernels()) != arrangement(nibbles, Kernels(packs_int4=True))
+
+
 def test_other_machines_are_not_tried(monkeypatch):
-    monkeypatch.setattr(linear.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(packed.platform, "machine", lambda: "aarch64")
     assert can_pack_bfloat16.__wrapped__() is False

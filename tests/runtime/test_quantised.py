@@ -5,20 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from runtime.int4 import Int4Packed, Int4Unpacked, can_pack_int4, pack_int4, unpack_int4
 from runtime.quantised import (
     ByRows,
     DequantisedLinear,
-    Int4Packed,
-    Int4Unpacked,
     Int4Weight,
     Int8Dynamic,
     Int8Integer,
     Int8Weight,
-    can_pack_int4,
     integer_products,
-    pack_int4,
     relative_error,
-    unpack_int4,
 )
 
 ROWS, COLS, GROUP = 208, 128, 32

@@ -21,8 +21,8 @@ from runtime import sampler
 from runtime.decoder import Reduce, StageModel
 from runtime.head import Head
 from runtime.kernels import Kernels
-from runtime.linear import can_pack_bfloat16
 from runtime.loading import LoadedPart, load_part
+from runtime.packed import can_pack_bfloat16, can_view_packed
 from runtime.reduce import sum_partials
 from runtime.shares import NO_SHARE, StageShare
 from runtime.windowed import BlockFiles, BlockOrder
@@ -189,7 +189,13 @@ def shares(spec: ModelSpec, layers: Sequence[int], members: Sequence[tuple[Seque
     ]
 
 
-KERNELS = Kernels(packs_bfloat16=can_pack_bfloat16(), packs_int8=True, packs_int4=True, int4_few_rows=4)
+KERNELS = Kernels(
+    packs_bfloat16=can_pack_bfloat16(),
+    views_bfloat16=can_view_packed(),
+    packs_int8=True,
+    packs_int4=True,
+    int4_few_rows=4,
+)
 
 
 QUANTISED = (WeightFormat.INT8, WeightFormat.INT4)
