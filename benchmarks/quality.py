@@ -21,6 +21,7 @@ from protocol.specs import ActivationFormat, Span, WeightFormat
 from protocol.tiles import TileId
 from runtime.kernels import measure
 from runtime.loading import load_part
+from runtime.page_cache import PageCache
 from runtime.reduce import sum_partials
 from runtime.shares import StageShare
 from runtime.windowed import BlockOrder
@@ -33,6 +34,8 @@ TEXTS = "test"
 
 class Nowhere:
     """Everything fits: no block is ever written."""
+
+    page_cache = PageCache.OFF
 
     def path_of(self, op: int, num_bytes: int, fill: object) -> Path:
         """Refuse."""

@@ -20,6 +20,7 @@ from runtime.direct import DirectFile, aligned_buffer
 from runtime.fused import Tensors, allocate_block, block_bytes, block_parts, fill_block, view_block
 from runtime.kernels import Kernels
 from runtime.matrices import arrange, arrangement, make_matrix
+from runtime.page_cache import PageCache
 from runtime.shares import StageShare, used_ops
 from runtime.stream import Ring, StreamCounts
 from runtime.tensors import TileSource
@@ -30,6 +31,11 @@ AnyBlock = Block | VocabBlock
 
 class BlockFiles(Protocol):
     """Keeps fused blocks on this device's disk."""
+
+    @property
+    def page_cache(self) -> PageCache:
+        """What reading the files does with the page cache."""
+        ...
 
     def path_of(self, op: int, num_bytes: int, fill: Callable[[memoryview], None]) -> Path:
         """Return the file of a block, proven to be whole; one that is not there is made by `fill` and kept.
@@ -170,10 +176,10 @@ def load_blocks(
         return PinnedBlocks({op: _pin(order, op, source) for op in order.ops}), plan
     plan = plan_window(sizes, left_bytes)
     paths = {op: files.path_of(op, size, _filler(order, op, source)) for op, size in zip(order.ops, sizes, strict=True)}
-    pinned = _pin_from_files(order, plan, paths)
+    pinned = _pin_from_files(order, plan, paths, files.page_cache)
     if not plan.streamed:
         return PinnedBlocks(pinned), plan
-    streamed = {number: DirectFile(paths[order.ops[number]]) for number in plan.streamed}
+    streamed = {number: DirectFile(paths[order.ops[number]], files.page_cache) for number in plan.streamed}
     return WindowedBlocks(order, plan, pinned, Ring(plan, streamed)), plan
 
 
@@ -187,7 +193,9 @@ def _filler(order: BlockOrder, op: int, source: TileSource) -> Callable[[memoryv
     return lambda buffer: order.fill(op, view_block(order.spec, order.share, op, buffer), source)
 
 
-def _pin_from_files(order: BlockOrder, plan: WindowPlan, paths: Mapping[int, Path]) -> dict[int, AnyBlock]:
+def _pin_from_files(
+    order: BlockOrder, plan: WindowPlan, paths: Mapping[int, Path], page_cache: PageCache
+) -> dict[int, AnyBlock]:
     """Read pinned blocks one after the other through one buffer, which is gone before the ring is made."""
     numbers: Sequence[int] = sorted(plan.pinned)
     sizes = order.sizes()
@@ -195,7 +203,7 @@ def _pin_from_files(order: BlockOrder, plan: WindowPlan, paths: Mapping[int, Pat
     pinned: dict[int, AnyBlock] = {}
     for number in numbers:
         op = order.ops[number]
-        file = DirectFile(paths[op])
+        file = DirectFile(paths[op], page_cache)
         try:
             file.read_into(buffer, 0)
         finally:

@@ -21,6 +21,7 @@ from protocol.schema import pack
 from protocol.tiles import TileEntry, TileId, TileKind
 from runtime.direct import aligned_buffer
 from runtime.fused import block_tiles
+from runtime.page_cache import PageCache
 from runtime.windowed import BlockOrder
 from worker.store import TileStore
 
@@ -46,6 +47,11 @@ class BlockCache:
         self._tiles = tiles
         self._on_read = on_read
         self._kept: list[TileEntry] = []
+
+    @property
+    def page_cache(self) -> PageCache:
+        """What the owner lets reading do with the page cache."""
+        return self._store.page_cache
 
     def path_of(self, op: int, num_bytes: int, fill: Callable[[memoryview], None]) -> Path:
         """Return the file of a block, its hash proven; makes it where it is absent or altered. Raises StorageFull."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from protocol.settings import NumBytesText, setting
+from runtime.page_cache import PageCache
 
 DEVICE_WORDS = re.compile(r"auto|cpu|mps|cuda(:[0-9]{1,3})?")
 
@@ -26,6 +27,10 @@ class WorkerConfig:
     cache_dir: Path | None = setting(None, "folder of tiles; default: $XDG_CACHE_HOME/manyhands/worker")
     cache_limit: NumBytesText = setting("20GB", "most that tiles may take on disk")
     spool_limit: NumBytesText = setting("4GB", "most that keys and values may take on disk while plans change")
+    page_cache: PageCache = setting(
+        PageCache.USE,
+        "what streaming does with the page cache: use what is there, fill it with what idle memory there is, or off",
+    )
     memory: NumBytesText = setting(
         "80%", "budget of weights, caches and process together; % is of what is available now"
     )

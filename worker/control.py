@@ -95,7 +95,7 @@ class Control:
             raise LinkInvalid(f"this is a link to {self._link.role}, not to join")
         self._settings = executor_settings(config)
         self._identity = Identity(config.state_folder)
-        self._store = TileStore(config.cache_folder, parse_bytes(config.cache_limit))
+        self._store = TileStore(config.cache_folder, parse_bytes(config.cache_limit), config.page_cache)
         self._tiles = TileExchange(config, self._identity.keys, self._store)
         self._links = Links(self._identity.keys, config.listen)
         spool = Spool(config.cache_folder / "spool", parse_bytes(config.spool_limit))

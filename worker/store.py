@@ -21,8 +21,10 @@ from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
-from protocol.errors import StorageFull, TileUnavailable
+from protocol.errors import StorageFailed, StorageFull, TileUnavailable
 from protocol.tiles import TileEntry
+from runtime.direct import sha256_of
+from runtime.page_cache import PageCache
 
 try:
     import fcntl
@@ -94,8 +96,9 @@ class TilePart:
 class TileStore:
     """The tile cache of one folder, bounded by `limit_bytes`."""
 
-    def __init__(self, root: Path, limit_bytes: int) -> None:
+    def __init__(self, root: Path, limit_bytes: int, page_cache: PageCache = PageCache.USE) -> None:
         self._root = root
+        self.page_cache = page_cache
         self._limit_bytes = limit_bytes
         self._pin_file: FileIO | None = None
         self._pin_path = root / "pins" / f"{os.getpid()}-{secrets.token_hex(4)}"
@@ -179,13 +182,16 @@ class TileStore:
     def read(self, entry: TileEntry) -> memoryview:
         """Return a tile's bytes, verified.
 
-        Raises TileUnavailable when it is not here, or was altered on disk: then it is deleted, to be fetched again.
+        Raises TileUnavailable when it is not here, or was altered on disk or can't be read: then it is deleted, to be
+        fetched again.
         """
         path = self._path(entry.digest)
         try:
             data = path.read_bytes()
         except FileNotFoundError:
             raise TileUnavailable(f"{entry.tile} is not in the cache {self._root}", phase="load") from None
+        except OSError as error:
+            raise self._unreadable(path, error) from error
         if hashlib.sha256(data).digest() != entry.digest:
             path.unlink(missing_ok=True)
             raise TileUnavailable(f"{entry.tile} was altered on disk and is deleted: {path}", phase="load")
@@ -198,12 +204,9 @@ class TileStore:
         """Prove the hash of content without holding it in memory; raises TileUnavailable as `read` does."""
         path = self._path(entry.digest)
         try:
-            with path.open("rb", buffering=0) as file:
-                is_right = _sha256(file) == entry.digest
-                if hasattr(os, "posix_fadvise"):
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        except FileNotFoundError:
-            is_right = False
+            is_right = path.exists() and sha256_of(path, self.page_cache) == entry.digest
+        except StorageFailed as error:
+            raise self._unreadable(path, error) from error
         if not is_right:
             path.unlink(missing_ok=True)
             raise TileUnavailable(f"{path} was altered on disk and is deleted", phase="load")
@@ -218,12 +221,18 @@ class TileStore:
             self.verify(entry)
 
     def read_range(self, entry: TileEntry, offset: int, length: int) -> bytes:
-        """Return some bytes of a tile that was verified before; raises TileUnavailable when it is gone or cut."""
+        """Return some bytes of a tile that was verified before; raises TileUnavailable when it is gone or cut.
+
+        So it does when they can't be read; the tile is then deleted, and fetched again at the next load.
+        """
+        path = self._path(entry.digest)
         try:
-            with self._path(entry.digest).open("rb", buffering=0) as file:
-                data = os.pread(file.fileno(), length, offset)
+            with path.open("rb", buffering=0) as file:
+                data = read_at(file.fileno(), length, offset)
         except FileNotFoundError:
             data = b""
+        except OSError as error:
+            raise self._unreadable(path, error) from error
         if len(data) != length:
             raise TileUnavailable(f"{entry.tile} is no longer whole in the cache {self._root}", phase="step")
         return data
@@ -243,6 +252,10 @@ class TileStore:
             self._pin_path.unlink(missing_ok=True)
             self._pin_file.close()
             self._pin_file = None
+
+    def _unreadable(self, path: Path, error: Exception) -> TileUnavailable:
+        path.unlink(missing_ok=True)
+        return TileUnavailable(f"{path} can't be read ({error}) and is deleted", phase="load")
 
     def _path(self, digest: bytes) -> Path:
         name = digest.hex()
@@ -274,6 +287,11 @@ class TileStore:
                 continue
             digests.update(data[at : at + 32] for at in range(0, len(data) - 31, 32))
         return frozenset(digests)
+
+
+def read_at(descriptor: int, length: int, offset: int) -> bytes:
+    """Read from a file; a seam for tests of broken disks."""
+    return os.pread(descriptor, length, offset)
 
 
 def write_some(descriptor: int, data: memoryview) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from protocol.errors import StorageFailed
+from runtime import direct
 from runtime.direct import PAGE, DirectFile, aligned_buffer
+from runtime.page_cache import PageCache, forget, is_cached
 from runtime.stream import Ring
 from runtime.window import WindowPlan
 
@@ -94,6 +97,41 @@ def test_without_direct_reads(paths: dict[int, Path], plan: WindowPlan, monkeypa
     ring = Ring(plan, {block: DirectFile(path) for block, path in paths.items()})
     assert all(holds(ring, block) for block in (0, 2, 3, 4, 0))
     ring.close()
+
+
+@pytest.mark.parametrize("page_cache", PageCache)
+def test_reading_leaves_the_page_cache_as_the_owner_wants_it(tmp_path: Path, page_cache: PageCache) -> None:
+    path, size = tmp_path / "block", 5 * PAGE + 3
+    wanted = bytes(number % 251 for number in range(size))
+    path.write_bytes(wanted)
+    buffer = aligned_buffer(size)
+    with path.open("rb") as kept:
+        os.fsync(kept.fileno())
+        if not is_cached(kept.fileno(), 0, size):
+            pytest.skip("this kernel does not tell what is cached")
+        for is_warm in (True, False):
+            if not is_warm:
+                forget(kept.fileno(), 0, 0)
+                if is_cached(kept.fileno(), 0, 1):
+                    pytest.skip("this file system lives in the page cache")
+            file = DirectFile(path, page_cache)
+            file.read_into(buffer, 0)
+            file.close()
+            assert bytes(buffer[:size]) == wanted
+            buffer[:] = bytes(len(buffer))
+            assert is_cached(kept.fileno(), 0, size) == (is_warm or page_cache is PageCache.FILL)
+
+
+def test_half_a_file_in_the_page_cache_is_read_from_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct, "MAX_READ_BYTES", 4 * PAGE)
+    monkeypatch.setattr(direct, "is_cached", lambda _, offset, __: offset % (8 * PAGE) == 0)
+    path, wanted = tmp_path / "block", b"".join(bytes([number]) * PAGE for number in range(19)) + b"end"
+    path.write_bytes(wanted)
+    buffer = aligned_buffer(len(wanted))
+    file = DirectFile(path)
+    file.read_into(buffer, 0)
+    file.close()
+    assert bytes(buffer[: len(wanted)]) == wanted
 
 
 def test_reading_past_the_end_is_told(paths: dict[int, Path]) -> None:

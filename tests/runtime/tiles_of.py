@@ -23,6 +23,7 @@ from runtime.head import Head
 from runtime.kernels import Kernels
 from runtime.loading import LoadedPart, load_part
 from runtime.packed import can_pack_bfloat16, can_view_packed
+from runtime.page_cache import PageCache
 from runtime.reduce import sum_partials
 from runtime.shares import NO_SHARE, StageShare
 from runtime.windowed import BlockFiles, BlockOrder
@@ -204,12 +205,16 @@ QUANTISED = (WeightFormat.INT8, WeightFormat.INT4)
 class NoFiles:
     """For shares that stay in memory."""
 
+    page_cache = PageCache.OFF
+
     def path_of(self, op: int, num_bytes: int, fill: Callable[[memoryview], None]) -> Path:
         raise AssertionError("nothing should be streamed")
 
 
 class FolderFiles:
     """Blocks in a folder, made once."""
+
+    page_cache = PageCache.USE
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

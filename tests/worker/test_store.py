@@ -76,6 +76,23 @@ def test_a_tile_altered_on_disk_is_deleted_and_missing_again(tmp_path: Path) -> 
         store.read(tile(0))
 
 
+@pytest.mark.parametrize("how", ["read", "verify", "read_range"])
+def test_a_tile_that_cannot_be_read_is_deleted_and_missing_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    def broken(*_: object) -> bytes:
+        raise OSError(errno.EIO, "broken disk")
+
+    store = TileStore(tmp_path, 10**6)
+    put(store, tile(0), DATA)
+    monkeypatch.setattr(Path, "read_bytes", broken)
+    monkeypatch.setattr(store_module, "read_at", broken)
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(TileUnavailable, match="broken disk"):
+        store.read_range(tile(0), 0, 9) if how == "read_range" else getattr(store, how)(tile(0))
+    assert store.missing([tile(0)]) == (tile(0),)
+
+
 def test_a_full_disk_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = TileStore(tmp_path, 10**6)
     put(store, tile(1, numbered(1)), numbered(1))
