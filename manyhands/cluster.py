@@ -85,6 +85,7 @@ class LocalCluster:
         self._clients: list[Client] = []
         self._closed = False
         self._links: dict[str, str] = {}  # of the workers, in the order in which they came
+        self._own_settings: dict[str, dict[str, str]] = {}
         self._lock = threading.Lock()  # held while a process is replaced
         self._ending = threading.Event()
         self._supervisor: threading.Thread | None = None
@@ -154,14 +155,20 @@ class LocalCluster:
         """
         self._child(name).kill()
 
-    def add_worker(self, name: str = "", *, trusted: bool = False) -> LocalWorker:
-        """Start one more worker; `name` empty: the next number. Raises RequestInvalid when the name is taken."""
+    def add_worker(
+        self, name: str = "", *, trusted: bool = False, settings: Mapping[str, str] | None = None
+    ) -> LocalWorker:
+        """Start one more worker; `name` empty: the next number. `settings`: of its own, before those of all workers.
+
+        Raises RequestInvalid when the name is taken.
+        """
         numbers = (f"worker-{number}" for number in itertools.count(1))
         name = name or next(free for free in numbers if free not in self._links)
         if name in self._children:
             raise RequestInvalid(f"there is a process {name!r} already", remedy="restart_worker starts it again")
         link = self._control.invite(trusted=trusted)
         with self._lock:
+            self._own_settings[name] = dict(settings or {})
             self._start_worker(name, link)
             self._links[name] = link
         return LocalWorker(name=name, child=self._children[name])
@@ -217,7 +224,8 @@ class LocalCluster:
         return start_coordinator(settings, folder, log, self._timeout_s, started, continues_log=again)
 
     def _start_worker(self, name: str, link: str) -> None:
-        settings, log = {**self._for_workers, "name": name}, self._folder / f"{name}.log"
+        settings = {**self._for_workers, **self._own_settings[name], "name": name}
+        log = self._folder / f"{name}.log"
         again = name in self._children
         self._children[name] = start_worker(settings, link, self._folder / name, log, continues_log=again)
 

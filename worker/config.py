@@ -13,6 +13,7 @@ from pathlib import Path
 
 from protocol.settings import NumBytesText, setting
 from runtime.page_cache import PageCache
+from worker.limits import Limits, parse_hours
 
 DEVICE_WORDS = re.compile(r"auto|cpu|mps|cuda(:[0-9]{1,3})?")
 
@@ -47,6 +48,16 @@ class WorkerConfig:
     step_timeout_s: float = setting(30.0, "how long a step may wait for a neighbour that sends nothing")
     link_timeout_s: float = setting(60.0, "how long neighbours may take to connect once all is loaded")
     hold_s: float = setting(600.0, "how long to keep what a plan left in memory while no new one comes")
+    pause_on_battery: bool = setting(False, "compute nothing while this machine runs on battery")
+    battery_below: float = setting(0.0, "compute nothing on battery below this charge, in percent; 0: no limit")
+    max_temperature_c: float = setting(0.0, "compute nothing while the processor is hotter, in Celsius; 0: no limit")
+    max_cpu_busy: float = setting(
+        0.0, "compute nothing while other programs use more of the processors, in percent; 0: no limit"
+    )
+    max_gpu_busy: float = setting(
+        0.0, "compute nothing while other programs use more of the GPU (NVIDIA), in percent; 0: no limit"
+    )
+    hours: tuple[str, ...] = setting((), "when to compute, local time, e.g. 22:00-07:00; default: always")
     exit_on_stdin_close: bool = setting(False, "end when standard input is closed (for a parent process)")
 
     def __post_init__(self) -> None:
@@ -59,6 +70,18 @@ class WorkerConfig:
             raise ValueError(f"device {self.device!r:.40} is not auto, cpu, cuda, cuda:N or mps")
         if not 0 <= self.threads <= 1024:
             raise ValueError(f"threads {self.threads} is outside [0, 1024]")
+        self.limits()  # checks the rest
+
+    def limits(self) -> Limits:
+        """Return when the owner lets this device compute; raises ValueError for values that make no sense."""
+        return Limits(
+            pause_on_battery=self.pause_on_battery,
+            battery_below=self.battery_below,
+            max_temperature_c=self.max_temperature_c,
+            max_cpu_busy=self.max_cpu_busy,
+            max_gpu_busy=self.max_gpu_busy,
+            hours=tuple(parse_hours(text) for text in self.hours),
+        )
 
     @property
     def worker_name(self) -> str:

@@ -54,6 +54,7 @@ from worker.fetching import fetch_for_plan
 from worker.groups import most_telling
 from worker.identity import Home, Identity
 from worker.links import Links
+from worker.owner import Owner
 from worker.prober import probe
 from worker.pulse import heartbeat_of, load_progress_of
 from worker.spool import Spool
@@ -94,6 +95,7 @@ class Control:
         if self._link is not None and self._link.role != "join":
             raise LinkInvalid(f"this is a link to {self._link.role}, not to join")
         self._settings = executor_settings(config)
+        self._owner = Owner(config.limits())
         self._identity = Identity(config.state_folder)
         self._store = TileStore(config.cache_folder, parse_bytes(config.cache_limit), config.page_cache)
         self._tiles = TileExchange(config, self._identity.keys, self._store)
@@ -217,6 +219,7 @@ class Control:
                 group.create_task(connection.write())
                 group.create_task(self._beat(connection, welcome))
                 group.create_task(self._listen(connection))
+                group.create_task(self._owner.watch())
         except BaseExceptionGroup as group_error:
             raise most_telling(group_error) from None
         finally:
@@ -229,7 +232,7 @@ class Control:
             silence_s = self._lease.silence_s(time.monotonic())
             if self._lease.is_over(time.monotonic()):
                 raise CoordinatorLost(f"the coordinator was not heard for {silence_s:.1f} s")
-            connection.say(heartbeat_of(self._state, self._executor, sequence))
+            connection.say(heartbeat_of(self._state, self._executor, sequence, self._owner.reason))
             if (progress := load_progress_of(self._state, self._executor)) is not None:
                 connection.say(progress)
             sequence += 1

@@ -11,8 +11,8 @@ from worker.loading import peak_bytes, resident_bytes
 from worker.state import TOLD_AS, Phase, WorkerState
 
 
-def heartbeat_of(state: WorkerState, executor: Executor, sequence: int) -> Heartbeat:
-    """Return the heartbeat of this moment."""
+def heartbeat_of(state: WorkerState, executor: Executor, sequence: int, paused: str) -> Heartbeat:
+    """Return the heartbeat of this moment; `paused`: why its owner does not want it to compute now."""
     streamed, work = executor.streamed(), executor.work
     return Heartbeat(
         sequence=sequence % 2**31,
@@ -28,6 +28,7 @@ def heartbeat_of(state: WorkerState, executor: Executor, sequence: int) -> Heart
         stalled_s=streamed.stalled_s,
         computing_s=work.computing_s,
         steps=work.steps,
+        paused=paused,
     )
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import threading
+import time
 from pathlib import Path
 
 import psutil
@@ -151,3 +153,16 @@ def test_every_process_may_die_and_come_back(expected: dict[str, tuple[int, ...]
                 status = running.status()
         assert answers_of(running) == expected
         assert [worker.name for worker in running.workers] == ["worker-1", "worker-2", "worker-3"]
+
+
+def test_a_worker_whose_owner_wants_it_back_is_spared_and_told() -> None:
+    now = time.localtime()
+    hours = f"{(now.tm_hour + 2) % 24:02}:00-{(now.tm_hour + 3) % 24:02}:00"
+    with LocalCluster(workers=1) as running:
+        running.add_worker(settings={"hours": hours})
+        while not (states := [worker["state"] for worker in running.status()["workers"][1:]]) or not states[0]:
+            pass
+        assert states == ["paused: it is outside its hours"]
+        status = running.wait_until_ready()
+        assert running.client().generate(PROMPTS[0], max_tokens=2).token_ids
+        assert "worker-2" not in json.dumps(status["plan"])
