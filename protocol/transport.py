@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple, TypeVar, cast
 
@@ -28,6 +29,7 @@ HEARTBEAT_MS: Final = 3_000
 HEARTBEAT_TIMEOUT_MS: Final = 15_000  # above the time a slow link needs for one large tensor, which delays the answer
 KEEPALIVE_IDLE_S: Final = 30
 STAGGER_S: Final = 0.25  # RFC 8305: how long the best address goes alone before the next is tried beside it
+_monitors = itertools.count()
 S = TypeVar("S", bound=zmq.Socket[Any])
 
 
@@ -128,6 +130,15 @@ def _bound(socket: zmq.Socket[Any], max_message_bytes: int, hwm: int) -> None:
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
     socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
     socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, KEEPALIVE_IDLE_S)
+
+
+def monitor_of(socket: S, events: int) -> S:
+    """Return a socket that tells these events of another; end it with `socket.disable_monitor()` and its own `close`.
+
+    Each has an address of its own: the one that pyzmq makes from the descriptor may still be taken, by the monitor
+    that this socket had before, or by that of the descriptor's last owner.
+    """
+    return socket.get_monitor_socket(events, f"inproc://monitor-{next(_monitors)}")
 
 
 def _endpoint(socket: zmq.Socket[Any], address: str) -> str:
@@ -244,7 +255,7 @@ class _Attempt:
         self.socket = self._open_socket()
         events = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
         # Watched before it connects: on loopback hands may be shaken before the next line is reached.
-        self._monitor = self.socket.get_monitor_socket(events)
+        self._monitor = monitor_of(self.socket, events)
         _connect(self.socket, self.address)
         if not await self._shakes_hands(self._monitor):
             return

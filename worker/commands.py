@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from protocol.errors import ManyhandsError
+from protocol.errors import CoordinatorLost, ManyhandsError
 from protocol.ids import SessionId, WorkerId
 from protocol.messages import Carry, HeldKv, KvMove, LinkOrder
 from protocol.plans import Plan
@@ -115,4 +115,12 @@ class Failed:
     lost: str
 
 
-Report = Ready | TilesSpoiled | Failed
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LineBroke:
+    """The data connection that was attached under this nonce is gone, and maybe a frame with it."""
+
+    nonce: str
+    error: CoordinatorLost
+
+
+Report = Ready | TilesSpoiled | Failed | LineBroke

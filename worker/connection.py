@@ -27,7 +27,7 @@ from protocol.messages import (
     Welcome,
 )
 from protocol.security import KeyPair, Link
-from protocol.transport import dial, dial_first, receive_dealer
+from protocol.transport import dial, dial_first, monitor_of, receive_dealer
 from protocol.version import SOFTWARE
 from worker.identity import Home
 
@@ -69,6 +69,7 @@ class Connection:
         self._control = control
         self._bulk = bulk
         self._outbox: asyncio.Queue[list[bytes | bytearray | memoryview]] = asyncio.Queue(MAX_OUTBOX)
+        self._told: asyncio.Future[CoordinatorLost] = asyncio.get_running_loop().create_future()
 
     @staticmethod
     async def open(context: zmq.asyncio.Context, home: Home, keys: KeyPair, hello: Hello, timeout_s: float) -> Greeting:
@@ -108,6 +109,24 @@ class Connection:
         """Return the next message on the control connection."""
         return decode(await receive_dealer(self._control))
 
+    async def watch(self) -> None:
+        """Wait until one of the connections breaks; raises CoordinatorLost then, and never returns.
+
+        What was under way may be lost, and libzmq does not always reconnect: not after a frame it could not decrypt.
+        """
+        async with asyncio.TaskGroup() as group:
+            for name, socket in (("control", self._control), ("bulk", self._bulk)):
+                group.create_task(_until_broken(socket, name))
+            group.create_task(self._until_told())
+
+    def broke(self, error: CoordinatorLost) -> None:
+        """Have `watch` raise this: the data connection, which others watch, is gone."""
+        if not self._told.done():
+            self._told.set_result(error)
+
+    async def _until_told(self) -> None:
+        raise await self._told
+
     async def send(self, message: object) -> None:
         """Send on the bulk connection."""
         await self._bulk.send_multipart(encode(message))
@@ -128,3 +147,13 @@ class Connection:
         """Close both connections; what was handed over is still sent for half a second."""
         self._control.close(linger=FAREWELL_MS)
         self._bulk.close(linger=0)
+
+
+async def _until_broken(socket: zmq.asyncio.Socket, name: str) -> None:
+    monitor = monitor_of(socket, zmq.EVENT_DISCONNECTED)
+    try:
+        await monitor.recv_multipart()
+    finally:
+        socket.disable_monitor()
+        monitor.close()
+    raise CoordinatorLost(f"the {name} connection to the coordinator broke", phase="link")

@@ -45,7 +45,7 @@ from protocol.security import Link
 from protocol.sizes import parse_bytes
 from protocol.version import SOFTWARE
 from worker.addresses import data_addresses
-from worker.commands import Attach, Begin, Drop, Forget, LoadTiles, Report, Rest, Stop
+from worker.commands import Attach, Begin, Drop, Forget, LineBroke, LoadTiles, Report, Rest, Stop
 from worker.config import WorkerConfig
 from worker.connection import Connection, enroll
 from worker.device import executor_settings, profile_of
@@ -217,6 +217,7 @@ class Control:
             async with asyncio.TaskGroup() as group:
                 self._group = group
                 group.create_task(connection.write())
+                group.create_task(connection.watch())
                 group.create_task(self._beat(connection, welcome))
                 group.create_task(self._listen(connection))
                 group.create_task(self._owner.watch())
@@ -272,7 +273,13 @@ class Control:
     def _take_report(self, report: Report) -> None:
         """Bring the compute thread's report into the event loop."""
         if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._apply, report)
+            self._loop.call_soon_threadsafe(self._consider, report)
+
+    def _consider(self, report: Report) -> None:
+        if not isinstance(report, LineBroke):
+            self._apply(report)
+        elif self._connection is not None and self._connection.nonce == report.nonce:
+            self._connection.broke(report.error)
 
     def _apply(self, event: Event) -> None:
         for effect in self._state.handle(event):

@@ -5,17 +5,19 @@ Knows nothing of epochs or of who is a neighbour.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from protocol.errors import CoordinatorLost, ProtocolViolation
 from protocol.frames import Buffer, decode, encode
 from protocol.ids import WorkerId
 from protocol.messages import ROW_OF, Relay, Step
 from protocol.security import KeyPair
-from protocol.transport import dial
+from protocol.transport import dial, monitor_of
 from worker.sending import MAX_FRAME_BYTES, send_within
 
 RELAY_CODE: Final = ROW_OF[Relay].code
@@ -43,6 +45,7 @@ class CoordinatorLine:
         self._context = context
         self._keys = keys
         self._at: tuple[WorkerId, str, bytes, str] | None = None
+        self._monitor: zmq.Socket[bytes] | None = None
         self.socket: zmq.Socket[bytes] | None = None
 
     @property
@@ -56,14 +59,24 @@ class CoordinatorLine:
         return self.socket is not None and bool(self.socket.poll(0, zmq.POLLOUT))
 
     def attach(self, own: WorkerId, address: str, server_key: bytes, nonce: str) -> None:
-        """Connect as `<own>/data/<nonce>`; an unchanged connection is kept, for it reconnects by itself."""
+        """Connect as `<own>/data/<nonce>`; an unchanged connection is kept."""
         wanted = (own, address, server_key, nonce)
         if self._at == wanted:
             return
         self.close()
         routing_id = "/".join(part for part in (own, "data", nonce) if part).encode("ascii")
         self.socket = dial(self._context, address, self._keys, server_key, routing_id, MAX_FRAME_BYTES)
+        self._monitor = monitor_of(self.socket, zmq.EVENT_DISCONNECTED)
         self._at = wanted
+
+    def takers(self, take: Callable[[zmq.Socket[bytes]], None]) -> dict[Any, Callable[[], None]]:
+        """Return who takes what: `take` the socket's frames; the news that the connection broke is a CoordinatorLost.
+
+        A frame may be lost then. And libzmq does not always reconnect: not after one that it could not decrypt.
+        """
+        if self.socket is None or self._monitor is None:
+            return {}
+        return {self.socket: partial(take, self.socket), self._monitor: partial(_take_break, self._monitor)}
 
     def send(self, frames: Sequence[Buffer]) -> None:
         """Send a message to the coordinator itself; raises CoordinatorLost."""
@@ -81,8 +94,16 @@ class CoordinatorLine:
     def close(self) -> None:
         """End the connection."""
         if self.socket is not None:
+            if self._monitor is not None:
+                self.socket.disable_monitor()
+                self._monitor.close()
             self.socket.close(linger=200)
-        self.socket = self._at = None
+        self.socket = self._monitor = self._at = None
+
+
+def _take_break(monitor: zmq.Socket[bytes]) -> None:
+    recv_monitor_message(monitor)
+    raise CoordinatorLost("the data connection to the coordinator broke", phase="link")
 
 
 def read_line(frames: list[memoryview]) -> Relayed | StepFrames:

@@ -15,7 +15,7 @@ from typing import Final
 
 import torch
 
-from protocol.errors import InvariantBroken, ManyhandsError, PeerLost, TileUnavailable
+from protocol.errors import CoordinatorLost, InvariantBroken, ManyhandsError, PeerLost, TileUnavailable
 from protocol.frames import Buffer
 from protocol.ids import SessionId, WorkerId
 from protocol.messages import Activation, Partial, Step, Sum
@@ -29,6 +29,7 @@ from worker.commands import (
     Drop,
     Failed,
     Forget,
+    LineBroke,
     LoadTiles,
     Report,
     Rest,
@@ -75,6 +76,7 @@ class Executor:
         self._num_urgent = 0
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
         self._own = COORDINATOR
+        self._nonce = ""  # of the connection that the data connection belongs to
         self._plan: Plan | None = None
         self._forming: Forming | None = None
         self._runner: StepRunner | None = None
@@ -208,7 +210,7 @@ class Executor:
                 self._num_urgent -= isinstance(command, URGENT)
             match command:
                 case Attach(worker=worker, address=address, server_key=server_key, nonce=nonce):
-                    self._own = worker
+                    self._own, self._nonce = worker, nonce
                     self._links.attach(worker, address, server_key, nonce)
                 case Begin(plan=plan, links=orders):
                     self._rest()
@@ -280,6 +282,9 @@ class Executor:
         epoch = self._plan.epoch if self._plan is not None else 0
         self._forming = self._runner = None
         self._inbox.clear()
+        if isinstance(error, CoordinatorLost):  # one connection in three parts: the control side dials them all anew
+            self._report(LineBroke(nonce=self._nonce, error=error))
+            return
         if epoch == 0:
             _log.warning("on the data sockets, without a plan: %s", error)
             return

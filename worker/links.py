@@ -31,7 +31,7 @@ from protocol.messages import (
     Sum,
 )
 from protocol.security import Gate, KeyPair
-from protocol.transport import bind_router, dial, envelope_of
+from protocol.transport import bind_router, dial, envelope_of, monitor_of
 from worker.coordinator_line import CoordinatorLine, StepFrames, read_line
 from worker.peer import Peer
 from worker.sending import MAX_FRAME_BYTES, receive_now, send_now, send_within
@@ -66,7 +66,7 @@ class Links:
         self._gate = Gate(self._context, lambda key: key in self._admitted)
         self._gate.start()
         self._listener, self.address = bind_router(self._context, keys, listen, MAX_FRAME_BYTES)
-        self._monitor = self._listener.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._monitor = monitor_of(self._listener, zmq.EVENT_DISCONNECTED)
         self._waker = Waker()
         self._line = CoordinatorLine(self._context, keys)
         self._peers: dict[WorkerId, Peer] = {}
@@ -92,7 +92,7 @@ class Links:
     # ------------------------------------------------------------ making links
 
     def attach(self, own: WorkerId, address: str, server_key: bytes, nonce: str = "") -> None:
-        """Connect the data connection to the coordinator; an unchanged one is kept, it reconnects by itself."""
+        """Connect the data connection to the coordinator; an unchanged one is kept."""
         self._line.attach(own, address, server_key, nonce)
         self._refresh()
 
@@ -140,7 +140,8 @@ class Links:
     def receive(self, timeout_s: float) -> Arrival | None:
         """Return the next message of this epoch; None after `timeout_s` or when woken.
 
-        Raises PeerLost (naming it) when a neighbour's connection breaks, ProtocolViolation for what may not be sent.
+        Raises PeerLost (naming it) or CoordinatorLost when a connection breaks, ProtocolViolation for what may not
+        be sent.
         """
         if self._arrivals:
             return self._arrivals.popleft()
@@ -336,9 +337,8 @@ class Links:
         takers: dict[Any, Callable[[], None]] = {
             self._listener: self._take_from_listener,
             self._monitor: self._take_listener_events,
+            **self._line.takers(self._take_from_coordinator),
         }
-        if self._line.socket is not None:
-            takers[self._line.socket] = partial(self._take_from_coordinator, self._line.socket)
         for peer in self._peers.values():
             if peer.dealer is not None:
                 takers[peer.dealer] = partial(self._take_from_dealer, peer, peer.dealer)

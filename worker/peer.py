@@ -11,6 +11,7 @@ import zmq
 
 from protocol.ids import WorkerId
 from protocol.messages import LinkMode, LinkOrder
+from protocol.transport import monitor_of
 
 DIAL_S: Final = 0.7
 HELLO_S: Final = 0.4
@@ -48,7 +49,7 @@ class Peer:
         """Take the new connection; the old one is closed."""
         self.close()
         self.dealer = dealer
-        self.monitor = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self.monitor = monitor_of(dealer, zmq.EVENT_DISCONNECTED)
         self.number_of_dials += 1
         self._dial_at = now + DIAL_S
         self._hello_at = now

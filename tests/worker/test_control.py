@@ -30,6 +30,7 @@ from protocol.messages import (
 from protocol.security import Gate, KeyPair, Link
 from protocol.transport import bind_router, receive
 from worker.addresses import data_addresses
+from worker.commands import LineBroke
 from worker.config import WorkerConfig
 from worker.control import Control
 from worker.identity import Home, Identity
@@ -50,6 +51,7 @@ class FakeCoordinator:
         self.heard: list[Any] = []
         self.routes: list[bytes] = []
         self.is_silent = False
+        self.lease_s = 0.4
         self.refusal: ErrorReport | None = None
         self.control = b""
 
@@ -73,12 +75,31 @@ class FakeCoordinator:
                     self.control = envelope.routing_id
                     self.routes.append(envelope.routing_id)
                     reply = self.refusal or Welcome(
-                        version=1, software="t", cluster="c", term=1, heartbeat_s=0.02, lease_s=0.4
+                        version=1, software="t", cluster="c", term=1, heartbeat_s=0.02, lease_s=self.lease_s
                     )
                 case Heartbeat(sequence=sequence):
                     reply = HeartbeatReply(sequence=sequence)
             if reply is not None and not self.is_silent:
                 await self.say(reply, envelope.routing_id)
+
+    async def restart(self) -> None:
+        """End every connection, and listen again."""
+        self.router.close(linger=0)
+        self.task.cancel()
+        await asyncio.wait([self.task])
+        async with asyncio.timeout(DEADLINE_S):
+            while True:
+                try:
+                    self.router, _ = bind_router(self.context, self.keys, f"tcp://{self.address}", 2**20)
+                except ConfigInvalid:  # its thread has not let go of the port yet
+                    await asyncio.sleep(0.01)
+                else:
+                    break
+        self.serve()
+
+    def serve(self) -> None:
+        """Begin to answer."""
+        self.task = asyncio.create_task(self.answer())
 
     async def say(self, message: object, route: bytes = b"") -> None:
         await self.router.send_multipart([route or self.control, *encode(message)])
@@ -95,12 +116,12 @@ class FakeCoordinator:
 @asynccontextmanager
 async def coordinator() -> AsyncIterator[FakeCoordinator]:
     one = FakeCoordinator()
-    task = asyncio.create_task(one.answer())
+    one.serve()
     try:
         yield one
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        one.task.cancel()
+        await asyncio.gather(one.task, return_exceptions=True)
         one.router.close(linger=0)
         one.gate.close()
         one.context.term()
@@ -152,6 +173,30 @@ async def test_silence_makes_it_dial_again_under_a_new_route(tmp_path: Path) -> 
         beats = len(one.of(Heartbeat))
         await one.until(lambda: len(one.of(Heartbeat)) > beats + 2)
         assert len(set(one.routes)) == len(one.routes)
+
+
+@pytest.mark.asyncio
+async def test_a_broken_connection_is_seen_before_any_lease_is_over(tmp_path: Path) -> None:
+    async with coordinator() as one:
+        one.lease_s = 3600.0
+        async with working(config_of(tmp_path, one.link)):
+            await one.until(lambda: len(one.of(Heartbeat)) > 1)
+            await one.restart()
+            await one.until(lambda: len(one.of(Hello)) > 1)
+        assert len(set(one.routes)) == len(one.routes)
+
+
+@pytest.mark.asyncio
+async def test_a_broken_data_connection_renews_the_whole(tmp_path: Path) -> None:
+    async with coordinator() as one, working(config_of(tmp_path, one.link)) as control:
+        one.lease_s = 3600.0
+        await one.until(lambda: bool(one.of(Heartbeat)))
+        for nonce, hellos in ((b"of another connection", 1), (one.control.rpartition(b"/")[2], 2)):
+            broke = CoordinatorLost("the data connection broke")
+            control._take_report(LineBroke(nonce=nonce.decode(), error=broke))
+            enough = len(one.of(Heartbeat)) + 2
+            await one.until(lambda enough=enough: len(one.of(Heartbeat)) > enough)
+            assert len(one.of(Hello)) == hellos
 
 
 @pytest.mark.asyncio

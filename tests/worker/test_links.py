@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,15 @@ import zmq
 from tiny_cluster import LOOPBACK, SPEC, TinyCluster, plan_of
 
 from protocol.batches import SessionRows
-from protocol.errors import AccessRefused, BudgetTooSmall, DeadlineExceeded, ManyhandsError, PeerLost
+from protocol.errors import AccessRefused, BudgetTooSmall, CoordinatorLost, DeadlineExceeded, ManyhandsError, PeerLost
 from protocol.frames import decode, encode
 from protocol.ids import SessionId, WorkerId
 from protocol.messages import Activation, LinkHello, LinkMode, LinkOrder, LinkWelcome, Partial, Peer, Step
 from protocol.plans import Plan
-from protocol.security import KeyPair
+from protocol.security import Gate, KeyPair
 from protocol.specs import ActivationFormat, Span
 from protocol.tiles import TileId, TileKind
-from protocol.transport import dial
+from protocol.transport import bind_router, dial
 from worker.commands import Begin, Failed, Forget, LoadTiles, Ready, Rest, Stop, TilesSpoiled
 from worker.links import Links
 from worker.wire import unpack_data
@@ -61,6 +62,23 @@ def ends() -> Iterator[tuple[Links, Links]]:
     yield one, two
     one.close()
     two.close()
+
+
+def test_a_broken_line_to_the_coordinator_is_told() -> None:
+    context, keys = zmq.Context[zmq.Socket[bytes]](), KeyPair.generate()
+    with closing(Gate(context, lambda key: True)) as gate, closing(Links(KeyPair.generate(), LOOPBACK)) as links:
+        gate.start()
+        router, address = bind_router(context, keys, LOOPBACK, 2**20)
+        links.attach(A, address, keys.public)
+        for _ in range(500):
+            if not links.unlinked:
+                break
+            assert links.receive(0.02) is None
+        router.close()
+        with pytest.raises(CoordinatorLost, match="broke"):
+            for _ in range(500):
+                assert links.receive(0.02) is None
+    context.term()
 
 
 def partial(epoch: int, op: int = 0) -> Partial:
