@@ -14,7 +14,15 @@ from protocol.liveness import Lease
 
 # What changes in a status although nothing gets on.
 IDLE_KEYS = frozenset(
-    {"last_heard_s", "resident_bytes", "peak_bytes", "streamed_bytes_per_step", "disk_bytes_per_s", "stalled_share"}
+    {
+        "last_heard_s",
+        "resident_bytes",
+        "peak_bytes",
+        "streamed_bytes_per_step",
+        "disk_bytes_per_s",
+        "stalled_share",
+        "state",
+    }
 )
 
 

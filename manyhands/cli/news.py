@@ -16,26 +16,52 @@ SMOOTHING = 0.3  # weight of the newest rate: a pause of a second must not doubl
 
 
 def news(before: Tree, after: Tree) -> list[str]:
-    """Return what happened between two statuses: workers that came and went, phases, trouble."""
-    return [*_workers(before, after), *_trouble(before, after), *_phase(before, after)]
+    """Return what happened between two statuses: who came, what the coordinator tells of it, phases, states."""
+    return [*_came(before, after), *_events(before, after), *_states(before, after), *_phase(before, after)]
 
 
-def _workers(before: Tree, after: Tree) -> list[str]:
-    was = {worker["name"]: worker for worker in before.get("workers", [])}
-    now = {worker["name"]: worker for worker in after.get("workers", [])}
-    came = [f"{name} joined ({_device(worker)})" for name, worker in now.items() if name not in was]
-    return came + [f"{name} is gone" for name in was if name not in now]
+def new_events(before: Tree, after: Tree) -> list[str]:
+    """Return the texts of the events of a status that an earlier one did not have.
+
+    Both hold the latest few, and events have no numbers: the earlier ones' end is looked for at the later ones' start.
+    """
+    old, new = ([event["text"] for event in tree.get("events", [])] for tree in (before, after))
+    overlap = next(size for size in range(min(len(old), len(new)), -1, -1) if old[len(old) - size :] == new[:size])
+    return new[overlap:]
+
+
+def _came(before: Tree, after: Tree) -> list[str]:
+    was = {worker["name"] for worker in before.get("workers", [])}
+    return [f"{one['name']} joined ({_device(one)})" for one in after.get("workers", []) if one["name"] not in was]
+
+
+def _events(before: Tree, after: Tree) -> list[str]:
+    """What is told in more words by others is left out."""
+    return [text for text in new_events(before, after) if text != "ready" and not text.endswith(" is here")]
+
+
+def _states(before: Tree, after: Tree) -> list[str]:
+    """Who may not be used, and who may again; of other states the events tell."""
+    was = {worker["name"]: worker.get("state", "") for worker in before.get("workers", [])}
+    lines = []
+    for worker in after.get("workers", []):
+        state, old = worker.get("state", ""), was.get(worker["name"], "")
+        if _spares(state) and _spares(state) != _spares(old):
+            lines.append(f"{worker['name']} is {state}")
+        elif _spares(old) and not state:
+            lines.append(f"{worker['name']} may be used again")
+    return lines
+
+
+def _spares(state: str) -> str:
+    """Return the words of a state in which a worker is not used; what follows them may count seconds."""
+    return next((words for words in ("paused", "on probation") if state.startswith(words)), "")
 
 
 def _device(worker: Tree) -> str:
     machine = f"{worker.get('system', '?')} {worker.get('machine', '')}".strip()
     budget = bytes_text(worker.get("budget_bytes", 0))
     return f"{machine}, {worker.get('device', '?')}, {worker.get('cores', '?')} cores, may take {budget}"
-
-
-def _trouble(before: Tree, after: Tree) -> list[str]:
-    error = after.get("last_error")
-    return [f"trouble: {error}"] if error and error != before.get("last_error") else []
 
 
 def _phase(before: Tree, after: Tree) -> list[str]:

@@ -18,9 +18,11 @@ from manyhands.cli.tables import (
     MEMORY_HEADINGS,
     STREAM_HEADINGS,
     WORKER_HEADINGS,
+    event_rows,
     memory_rows,
     model_line,
     plan_line,
+    state_rows,
     stream_rows,
     worker_rows,
 )
@@ -75,7 +77,12 @@ def show(status: Status) -> None:
         out.print("no workers: `manyhands join LINK` on a device brings one")
         return
     out.print(table(WORKER_HEADINGS, rows))
+    for name, state in state_rows(status):
+        out.print(f"{name}: {state}")
     show_memory(out, status)
+    if events := event_rows(status):
+        out.print()
+        out.print(table(("when", "what happened"), events))
 
 
 def show_memory(out: Console, status: Status) -> None:

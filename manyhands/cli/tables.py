@@ -90,6 +90,23 @@ def stream_rows(status: Tree) -> list[Row]:
     ]
 
 
+def state_rows(status: Tree) -> list[Row]:
+    """Return who is paused, on probation, suspect or leaving, and why; those of whom there is nothing to say lack."""
+    return [(worker["name"], worker["state"]) for worker in status.get("workers", []) if worker.get("state")]
+
+
+def event_rows(status: Tree, most: int = 8) -> list[Row]:
+    """Return what happened lately, the latest last: how long ago, and what."""
+    return [(ago_text(event["ago_s"]), event["text"]) for event in status.get("events", [])[-most:]]
+
+
+def ago_text(seconds: float) -> str:
+    """Return how long ago something was, for people."""
+    if seconds < 100:
+        return f"{seconds:.0f} s ago"
+    return f"{seconds / 60:.0f} min ago" if seconds < 6000 else f"{seconds / 3600:.0f} h ago"
+
+
 def model_line(status: Tree) -> str:
     """Return one line on the model."""
     model = status.get("model") or {}

@@ -32,6 +32,7 @@ def worker(name: str, **changes: Any) -> dict[str, Any]:
         "addresses": ["127.0.0.1:4000"],
         "link": "direct",
         "loading": None,
+        "state": "",
     } | changes
 
 
@@ -70,6 +71,7 @@ READY: dict[str, Any] = {
     "kv": {"positions": 8192, "used": 300},
     "totals": {"prompt_tokens": 5, "completion_tokens": 40, "requests": 3, "errors": 0},
     "last_error": "",
+    "events": [],
 }
 
 

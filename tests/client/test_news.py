@@ -16,10 +16,13 @@ from manyhands.cli.tables import (
     PLAN_HEADINGS,
     STREAM_HEADINGS,
     WORKER_HEADINGS,
+    ago_text,
+    event_rows,
     memory_rows,
     model_line,
     plan_line,
     plan_rows,
+    state_rows,
     stream_rows,
     worker_rows,
 )
@@ -91,6 +94,14 @@ def test_lines() -> None:
     assert plan_line(READY) == "1,1/1 (3 workers in 2 stages)"
 
 
+PAUSED = "paused: it runs on battery"
+WAIT_9, WAIT_8 = (f"on probation for {s} s: it was lost time and again" for s in (9, 8))
+
+
+def told(*texts: str) -> list[dict[str, Any]]:
+    return [{"ago_s": 4.2, "text": text} for text in texts]
+
+
 WAITING = status(phase="waiting", detail="waiting for 2 workers", workers=[worker("w1")], plan=None)
 NEWS = [
     (READY, READY, []),
@@ -98,9 +109,25 @@ NEWS = [
     (WAITING, status(phase="probing", workers=[worker("w1")], detail="probing links"), ["probing links"]),
     (status(phase="loading"), READY, ["ready: plan 1,1/1 (3 workers in 2 stages)"]),
     (READY, status(epoch=8), ["ready: plan 1,1/1 (3 workers in 2 stages)"]),
-    (READY, status(last_error="w3 was silent"), ["trouble: w3 was silent"]),
-    (READY, status(workers=READY["workers"][:2]), ["w3 is gone"]),
+    (READY, status(workers=[*READY["workers"][:2], worker("w3", state=PAUSED)]), [f"w3 is {PAUSED}"]),
+    (status(workers=[worker("w3", state=PAUSED)]), status(workers=[worker("w3")]), ["w3 may be used again"]),
+    (status(workers=[worker("w3", state=PAUSED)]), status(workers=[worker("w3", state="leaving")]), []),
+    (status(workers=[worker("w3", state=WAIT_9)]), status(workers=[worker("w3", state=WAIT_8)]), []),
+    (READY, status(events=told("w4 is here", "w3 is gone", "ready")), ["w3 is gone"]),
+    (status(events=told("a", "b")), status(events=told("a", "b")), []),
+    (status(events=told("a", "a")), status(events=told("a", "a", "a")), ["a"]),
+    (status(events=told("a", "b", "c")), status(events=told("c", "d", "e")), ["d", "e"]),
+    (status(events=told("a")), status(events=told("b", "c")), ["b", "c"]),
 ]
+
+
+def test_states_and_events_as_rows() -> None:
+    tree = status(workers=[worker("w1"), worker("w3", state=PAUSED)], events=told("a", "b", "c"))
+    assert state_rows(tree) == [("w3", PAUSED)]
+    assert event_rows(tree, most=2) == [("4 s ago", "b"), ("4 s ago", "c")]
+    assert [ago_text(s) for s in (0.2, 99, 100, 5999, 6000, 90_000)] == [
+        "0 s ago", "99 s ago", "2 min ago", "100 min ago", "2 h ago", "25 h ago",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("before", "after", "lines"), NEWS)
@@ -142,7 +169,7 @@ def test_a_start_without_progress_ends_and_progress_extends_it() -> None:
 
 def test_mere_life_is_no_progress() -> None:
     alive = status(workers=[worker("w1", last_heard_s=0.4, resident_bytes=5)])
-    same = status(workers=[worker("w1", last_heard_s=0.1, resident_bytes=9)])
+    same = status(workers=[worker("w1", last_heard_s=0.1, resident_bytes=9, state=WAIT_9)])
     further = status(workers=[worker("w1", phase="loading")])
     assert essence(alive) == essence(same) != essence(further)
 
