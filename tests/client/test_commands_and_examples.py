@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -89,6 +90,13 @@ def test_up_join_and_ask(environ: dict[str, str]) -> None:
             assert '"completion_tokens": 6' in asked.stdout
             status = run([*MANYHANDS, "status"], environ)
             assert re.search(r"^there +worker +ready +cpu", status.stdout, re.MULTILINE), status.stdout
+            assert re.search(r"ago +planned over here, there \(1/1\)", status.stdout), status.stdout
+            head = next(child for child in psutil.Process(up.pid).children() if "worker" in child.cmdline())
+            head.kill()
+            read_until(lines, r"the local worker was killed by SIGKILL; it is started again in 1 s")
+            read_until(lines, r"ready: plan 1/1")
+            again = run([*MANYHANDS, "ask", "import os\n", "--max-tokens", "6", "--json"], environ)
+            assert json.loads(again.stdout)["token_ids"] == json.loads(asked.stdout)["token_ids"]
         finally:
             joined.send_signal(signal.SIGINT)
             assert joined.wait(30) in (0, exits.INTERRUPTED)
