@@ -24,6 +24,7 @@ Knows nothing of sockets: an error travels as an `ErrorReport` message and becom
         ├── AccessRefused           unknown key, spent or wrong token, role not allowed
         ├── PeerLost                a worker vanished, froze or left
         ├── CoordinatorLost         the coordinator does not answer
+        ├── CoordinatorStale        a coordinator that was replaced, and does not know
         ├── SessionLost             a session's state is gone from a worker
         ├── StepFailed              a worker could not compute a step
         ├── TileUnavailable         a tile can't be had, or arrives altered again and again
@@ -200,6 +201,17 @@ class CoordinatorLost(RemoteError):
     code = "coordinator-lost"
     can_retry = True
     default_remedy = "check that `manyhands up` runs and that the link's address and server key are right"
+
+
+class CoordinatorStale(RemoteError):
+    """A coordinator of an older term wants to be obeyed."""
+
+    code = "coordinator-stale"
+    can_retry = True
+    default_remedy = (
+        "stop this coordinator: a newer one has taken its place; if its folder came back from a backup, "
+        "let the worker join anew from an empty state folder"
+    )
 
 
 class SessionLost(RemoteError):

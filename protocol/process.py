@@ -26,8 +26,13 @@ def run_loop(main: Coroutine[Any, Any, None]) -> None:
 
 
 @contextmanager
-def told_to_stop(stop: Callable[[str], None], *, watch_stdin: bool) -> Iterator[None]:
-    """Within the running loop, call `stop` with the reason at SIGINT, SIGTERM or, if watched, the end of stdin."""
+def told_to_stop(
+    stop: Callable[[str], None], *, watch_stdin: bool, at_once: Callable[[str], None] | None = None
+) -> Iterator[None]:
+    """Within the running loop, call `stop` with the reason at SIGINT, SIGTERM or, if watched, the end of stdin.
+
+    `at_once` is called instead when stdin ends: whoever held it is gone, and nobody waits for an orderly end.
+    """
     loop = asyncio.get_running_loop()
     handled: list[signal.Signals] = []
     try:
@@ -35,11 +40,19 @@ def told_to_stop(stop: Callable[[str], None], *, watch_stdin: bool) -> Iterator[
             loop.add_signal_handler(number, stop, number.name)
             handled.append(number)
         if watch_stdin:
-            _watch_stdin(lambda: loop.call_soon_threadsafe(stop, "standard input was closed"))
+            _watch_stdin(lambda: loop.call_soon_threadsafe(at_once or stop, "standard input was closed"))
         yield
     finally:
         for number in handled:
             loop.remove_signal_handler(number)
+
+
+def end_quietly_when_told() -> None:
+    """From the first line of a daemon on: end with exit code 0 at SIGTERM, until `told_to_stop` takes over.
+
+    Importing torch takes seconds, and a daemon that has not begun has nothing to hand over or clean up.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
 def _watch_stdin(on_close: Callable[[], object]) -> None:

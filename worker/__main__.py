@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 
+from protocol.process import end_quietly_when_told
 from protocol.settings import run_main
 from worker.config import WorkerConfig
 
@@ -19,6 +20,7 @@ def _run(config: WorkerConfig) -> int:
 
 def main() -> int:
     """Run with the arguments of this process; returns the exit code."""
+    end_quietly_when_told()
     return run_main(WorkerConfig, "worker", sys.argv[1:], _run)
 
 

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import psutil
 
 from protocol.errors import ConfigInvalid
+from protocol.ids import WorkerId
+from protocol.messages import LinkOrder
 from protocol.security import require_address
 
 MOST = 8
@@ -67,3 +70,12 @@ def _own_hosts() -> list[str]:
         for entries in psutil.net_if_addrs().values():
             found += [one.address for one in entries if one.family == socket.AF_INET]
     return [one for one in found if not one.startswith(("127.", "169.254."))]
+
+
+def best_first(order: LinkOrder, reached_at: Mapping[WorkerId, str]) -> LinkOrder:
+    """Put the address that answered a probe before the others."""
+    best = reached_at.get(order.peer.worker)
+    if best is None or best not in order.peer.addresses:
+        return order
+    rest = (one for one in order.peer.addresses if one != best)
+    return replace(order, peer=replace(order.peer, addresses=(best, *rest)))

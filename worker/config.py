@@ -15,6 +15,7 @@ from protocol.settings import NumBytesText, setting
 from runtime.page_cache import PageCache
 from worker.limits import Limits, parse_hours
 
+POSITIVE = ("connect_timeout_s", "redial_first_s", "step_timeout_s", "link_timeout_s", "hold_s", "leave_timeout_s")
 DEVICE_WORDS = re.compile(r"auto|cpu|mps|cuda(:[0-9]{1,3})?")
 
 
@@ -58,10 +59,18 @@ class WorkerConfig:
         0.0, "compute nothing while other programs use more of the GPU (NVIDIA), in percent; 0: no limit"
     )
     hours: tuple[str, ...] = setting((), "when to compute, local time, e.g. 22:00-07:00; default: always")
+    leave_timeout_s: float = setting(20.0, "how long handing over may take before this worker ends all the same")
     exit_on_stdin_close: bool = setting(False, "end when standard input is closed (for a parent process)")
 
     def __post_init__(self) -> None:
-        for name in ("connect_timeout_s", "redial_first_s", "step_timeout_s", "link_timeout_s", "hold_s"):
+        for name in (
+            "connect_timeout_s",
+            "redial_first_s",
+            "step_timeout_s",
+            "link_timeout_s",
+            "hold_s",
+            "leave_timeout_s",
+        ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} {getattr(self, name)} must be positive")
         if self.redial_most_s < self.redial_first_s:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 from typing import Final, NamedTuple
 
 import zmq
 import zmq.asyncio
 
-from protocol.errors import CoordinatorLost, ProtocolViolation
+from protocol.errors import CoordinatorLost, LinkInvalid, ProtocolViolation
 from protocol.frames import Received, decode, encode
 from protocol.messages import (
     MAX_MANIFEST_BYTES,
@@ -29,12 +30,14 @@ from protocol.messages import (
 from protocol.security import KeyPair, Link
 from protocol.transport import dial, dial_first, monitor_of, receive_dealer
 from protocol.version import SOFTWARE
-from worker.identity import Home
+from worker.config import WorkerConfig
+from worker.identity import Home, Identity
 
 MAX_OUTBOX: Final = 1000
 FAREWELL_MS: Final = 500
 MAX_CONTROL_BYTES: Final = MAX_MANIFEST_BYTES + 2**20
 MAX_BULK_BYTES: Final = MAX_TILE_CHUNK_BYTES + 2**16
+_log = logging.getLogger(__name__)
 
 
 async def enroll(context: zmq.asyncio.Context, link: Link, keys: KeyPair, name: str, timeout_s: float) -> Home:
@@ -51,6 +54,22 @@ async def enroll(context: zmq.asyncio.Context, link: Link, keys: KeyPair, name: 
     if not isinstance(answer, Enrolled):
         raise ProtocolViolation(f"{type(answer).__name__} came in answer to Enroll", phase="enroll")
     return Home(server_key=link.server_key, addresses=link.addresses, worker=answer.worker, cluster=answer.cluster)
+
+
+async def find_home(context: zmq.asyncio.Context, identity: Identity, link: Link | None, config: WorkerConfig) -> Home:
+    """Return where we belong, enrolling by the link when its coordinator does not know us yet.
+
+    Raises LinkInvalid without a way, and what `enroll` raises.
+    """
+    home = identity.home_of(link)
+    if home is not None:
+        return home
+    if link is None:
+        raise LinkInvalid("there is no link to join by")
+    home = await enroll(context, link, identity.keys, config.worker_name, config.connect_timeout_s)
+    identity.remember(home)
+    _log.info("enrolled as %s in cluster %s", home.worker, home.cluster)
+    return home
 
 
 class Greeting(NamedTuple):

@@ -19,6 +19,7 @@ import zmq.asyncio
 from protocol.errors import (
     AccessRefused,
     CoordinatorLost,
+    CoordinatorStale,
     InvariantBroken,
     LinkInvalid,
     VersionMismatch,
@@ -27,13 +28,11 @@ from protocol.frames import unpack_manifest
 from protocol.ids import WorkerId
 from protocol.liveness import Backoff, Lease
 from protocol.messages import (
-    OLDEST_VERSION,
-    VERSION,
     ErrorReport,
+    Goodbye,
     HeartbeatReply,
-    Hello,
     Leave,
-    LinkOrder,
+    LeaveAsk,
     Load,
     Probe,
     Reached,
@@ -43,23 +42,13 @@ from protocol.messages import (
 )
 from protocol.security import Link
 from protocol.sizes import parse_bytes
-from protocol.version import SOFTWARE
-from worker.addresses import data_addresses
+from worker.addresses import best_first, data_addresses
 from worker.commands import Attach, Begin, Drop, Forget, LineBroke, LoadTiles, Report, Rest, Stop
 from worker.config import WorkerConfig
-from worker.connection import Connection, enroll
+from worker.connection import Connection, find_home
 from worker.device import executor_settings, profile_of
-from worker.executor import Executor
-from worker.fetching import fetch_for_plan
-from worker.groups import most_telling
-from worker.identity import Home, Identity
-from worker.links import Links
-from worker.owner import Owner
-from worker.prober import probe
-from worker.pulse import heartbeat_of, load_progress_of
-from worker.spool import Spool
-from worker.state import (
-    TOLD_AS,
+from worker.events import (
+    AskToLeave,
     BeginPlan,
     DropPlan,
     Effect,
@@ -67,6 +56,8 @@ from worker.state import (
     Event,
     HoldOver,
     HoldPlan,
+    LeaveWanted,
+    LetGo,
     Silent,
     StartFetch,
     StartLoad,
@@ -75,9 +66,18 @@ from worker.state import (
     Tell,
     Unloaded,
     Welcomed,
-    WorkerState,
     ordered_by,
 )
+from worker.executor import Executor
+from worker.fetching import fetch_for_plan
+from worker.groups import most_telling
+from worker.identity import Home, Identity
+from worker.links import Links
+from worker.owner import Owner
+from worker.prober import probe
+from worker.pulse import heartbeat_of, hello_of, load_progress_of
+from worker.spool import Spool
+from worker.state import WorkerState, require_current
 from worker.store import TileStore
 from worker.tile_exchange import TileExchange
 
@@ -110,14 +110,18 @@ class Control:
         self._fetch: asyncio.Task[None] | None = None
         self._hold: asyncio.TimerHandle | None = None
         self._lease = Lease(3.0)
-        self._addresses_reached: dict[WorkerId, str] = {}
-        self._stop_reason = ""
-        self._stopping = asyncio.Event()
+        self._reached_at: dict[WorkerId, str] = {}
+        self._leaving: asyncio.TimerHandle | None = None
+        self._end_reason = ""
+        self._ending = asyncio.Event()
+
+    def leave(self, reason: str) -> None:
+        """Have what this worker does handed over, then end `serve`; asked a second time, end it at once."""
+        self._apply(StopAsked(reason=reason) if self._state.leaves_for else LeaveWanted(reason=reason))
 
     def stop(self, reason: str) -> None:
-        """Leave the cluster and end `serve`."""
-        self._stop_reason = self._stop_reason or reason
-        self._stopping.set()
+        """End `serve` at once."""
+        self._apply(StopAsked(reason=reason))
 
     async def serve(self) -> None:
         """Work until stopped; raises what makes going on senseless: AccessRefused, VersionMismatch, and the like."""
@@ -125,19 +129,20 @@ class Control:
         self._executor.start()
         try:
             work = asyncio.create_task(self._stay_connected())
-            stopped = asyncio.create_task(self._stopping.wait())
-            await asyncio.wait((work, stopped), return_when=asyncio.FIRST_COMPLETED)
-            stopped.cancel()
-            if self._stopping.is_set() and not work.done():
-                self._apply(StopAsked(reason=self._stop_reason))
+            ended = asyncio.create_task(self._ending.wait())
+            await asyncio.wait((work, ended), return_when=asyncio.FIRST_COMPLETED)
+            ended.cancel()
+            if self._ending.is_set():
                 if self._connection is not None:
-                    await self._connection.farewell(Leave(reason=self._stop_reason))
+                    await self._connection.farewell(Leave(reason=self._end_reason))
                 work.cancel()
                 await asyncio.gather(work, return_exceptions=True)
                 return
             await work
         finally:
             self._hold_until(None)
+            if self._leaving is not None:
+                self._leaving.cancel()
             self._executor.submit(Stop())
             if not await asyncio.to_thread(self._executor.join, JOIN_S):
                 _log.warning("the compute thread is still busy; it ends with the process")
@@ -149,51 +154,35 @@ class Control:
     # ------------------------------------------------------------ being connected
 
     async def _stay_connected(self) -> None:
-        home = await self._find_home()
+        home = await find_home(self._context, self._identity, self._link, self._config)
         waits = Backoff(self._config.redial_first_s, self._config.redial_most_s, random.Random())
         while True:
             try:
                 await self._converse(home, waits.reset)
-            except CoordinatorLost as error:
-                if not self._state.worker:  # never welcomed: the link is wrong, or there is nobody
+            except (CoordinatorLost, CoordinatorStale) as error:
+                if isinstance(error, CoordinatorLost) and not self._state.worker:  # never welcomed: nobody is there
                     raise
                 wait_s = waits.next_s()
                 _log.warning("%s; dialling %s again in %.1f s", error.message, ", ".join(home.addresses), wait_s)
                 await asyncio.sleep(wait_s)
 
-    async def _find_home(self) -> Home:
-        """Return where we belong, enrolling by the link when its coordinator does not know us yet."""
-        home = self._identity.home_of(self._link)
-        if home is not None:
-            return home
-        if self._link is None:
-            raise LinkInvalid("there is no link to join by")
-        name = self._config.worker_name
-        home = await enroll(self._context, self._link, self._identity.keys, name, self._config.connect_timeout_s)
-        self._identity.remember(home)
-        _log.info("enrolled as %s in cluster %s", home.worker, home.cluster)
-        return home
-
     async def _converse(self, home: Home, on_welcome: Callable[[], None]) -> None:
         """One connection from hello to silence; raises CoordinatorLost at its end."""
-        hello = Hello(
-            oldest_version=OLDEST_VERSION,
-            version=VERSION,
-            software=SOFTWARE,
-            worker=home.worker,
-            profile=profile_of(self._settings),
+        hello = hello_of(
+            home.worker,
+            self._state,
+            profile_of(self._settings),
             data_addresses=data_addresses(self._links.address, self._config.advertise, home.addresses),
             tile_addresses=self._tiles.addresses(home.addresses),
-            epoch=self._state.held_epoch,
-            phase=TOLD_AS[self._state.phase],
         )
         connection, welcome = await Connection.open(
             self._context, home, self._identity.keys, hello, self._config.connect_timeout_s
         )
-        self._connection = connection
         try:
+            require_current(welcome.term, self._identity.term_of(home))
+            self._connection = connection
             on_welcome()
-            self._identity.remember(replace(home, cluster=welcome.cluster))
+            self._identity.remember(replace(home, cluster=welcome.cluster, term=welcome.term))
             _log.info("welcome as %s in cluster %s at %s", home.worker, welcome.cluster, connection.address)
             self._executor.submit(
                 Attach(
@@ -258,6 +247,8 @@ class Control:
             case Unload():
                 _log.info("epoch %d is over: %s", message.epoch, message.reason)
                 self._apply(Unloaded(epoch=message.epoch))
+            case Goodbye():
+                self._apply(LetGo(reason=message.reason or "the coordinator lets it go"))
             case Release():
                 self._executor.submit(Forget(sessions=message.sessions))
             case ErrorReport():
@@ -290,7 +281,9 @@ class Control:
             case BeginPlan(plan=plan, links=links, kv=kv):
                 self._hold_until(None)
                 self._links.admit(order.peer.public_key for order in links)
-                self._executor.submit(Begin(plan=plan, links=tuple(map(self._best_first, links)), kv=kv))
+                self._executor.submit(
+                    Begin(plan=plan, links=tuple(best_first(link, self._reached_at) for link in links), kv=kv)
+                )
             case StartFetch(epoch=epoch):
                 self._fetch = self._spawn(self._fetch_tiles(effect, self._fetch))
                 _log.info("epoch %d: %d tiles", epoch, len(effect.entries))
@@ -308,8 +301,20 @@ class Control:
                 _log.info("telling the coordinator: %s", message)
                 if self._connection is not None:
                     self._connection.say(message)
+            case AskToLeave(reason=reason):
+                _log.info("handing over before leaving: %s", reason)
+                self._ask_to_leave(reason)
             case End(reason=reason):
                 _log.info("ending: %s", reason)
+                self._end_reason = reason
+                self._ending.set()
+
+    def _ask_to_leave(self, reason: str) -> None:
+        if self._connection is not None:
+            self._connection.say(LeaveAsk(reason=reason))
+        if self._loop is not None:
+            late = LetGo(reason=f"{reason}; nobody took over within {self._config.leave_timeout_s:g} s")
+            self._leaving = self._loop.call_later(self._config.leave_timeout_s, self._apply, late)
 
     def _hold_until(self, hold_s: float | None) -> None:
         """Start the time for which a plan's leavings are kept; None: a new plan has come."""
@@ -325,20 +330,12 @@ class Control:
             raise InvariantBroken("there is no connection to work for")
         return self._group.create_task(work)
 
-    def _best_first(self, order: LinkOrder) -> LinkOrder:
-        """Put the address that answered the probe before the others."""
-        best = self._addresses_reached.get(order.peer.worker)
-        if best is None or best not in order.peer.addresses:
-            return order
-        rest = (one for one in order.peer.addresses if one != best)
-        return replace(order, peer=replace(order.peer, addresses=(best, *rest)))
-
     async def _answer_probe(self, connection: Connection, asked: Probe) -> None:
         self._links.admit(peer.public_key for peer in asked.peers)
         self._tiles.met(asked.peers)
         own = self._state.worker
         reached = await probe(self._context, self._identity.keys, own, asked.peers)
-        self._addresses_reached.update(reached)
+        self._reached_at.update(reached)
         connection.say(Reached(probe=asked.probe, workers=tuple(reached)))
 
     async def _fetch_tiles(self, effect: StartFetch, before: asyncio.Task[None] | None) -> None:

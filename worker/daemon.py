@@ -13,6 +13,8 @@ from worker.control import Control
 def run(config: WorkerConfig) -> int:
     """Work until SIGINT, SIGTERM or, where asked for, the end of standard input; returns the exit code 0.
 
+    What this worker does is handed over before, unless the signal comes twice or standard input has ended.
+
     Call it in the main thread. Raises what `Control` raises.
     """
     run_loop(_work_until_told(config))
@@ -21,5 +23,5 @@ def run(config: WorkerConfig) -> int:
 
 async def _work_until_told(config: WorkerConfig) -> None:
     control = Control(config)
-    with told_to_stop(control.stop, watch_stdin=config.exit_on_stdin_close):
+    with told_to_stop(control.leave, watch_stdin=config.exit_on_stdin_close, at_once=control.stop):
         await control.serve()

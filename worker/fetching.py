@@ -11,8 +11,8 @@ from typing import Final
 from protocol.errors import ManyhandsError
 from protocol.messages import LoadProgress
 from worker.connection import Connection
+from worker.events import Fetched, FetchFailed, StartFetch
 from worker.fetcher import Fetcher
-from worker.state import Fetched, FetchFailed, StartFetch
 from worker.store import TileStore
 
 PROGRESS_S: Final = 0.5

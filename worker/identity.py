@@ -25,12 +25,13 @@ MAX_FILE_BYTES = 1_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Home:
-    """A coordinator that has pinned our key: where it is, who it is, and our name there."""
+    """A coordinator that has pinned our key: where it is, who it is, our name there, and the highest term obeyed."""
 
     server_key: bytes
     addresses: tuple[str, ...]
     worker: WorkerId
     cluster: str
+    term: int = 0
 
 
 class Identity:
@@ -62,6 +63,11 @@ class Identity:
             return None
         return replace(home, addresses=tuple(dict.fromkeys((*link.addresses, *home.addresses)))[:16])
 
+    def term_of(self, home: Home) -> int:
+        """Return the highest term of this coordinator that was obeyed."""
+        known = self._homes.get(home.server_key)
+        return known.term if known is not None else 0
+
     def remember(self, home: Home) -> None:
         """Keep a coordinator that has let us in; raises ConfigInvalid when it can't be written."""
         if self._homes.get(home.server_key) == home:
@@ -73,6 +79,7 @@ class Identity:
                 "addresses": one.addresses,
                 "worker": one.worker,
                 "cluster": one.cluster,
+                "term": one.term,
             }
             for one in self._homes.values()
         ]
@@ -107,7 +114,11 @@ def _home(line: dict[str, Any]) -> Home:
     for address in addresses:
         require_address(address)
     return Home(
-        server_key=server_key, addresses=addresses, worker=worker_id(line["worker"]), cluster=str(line["cluster"])
+        server_key=server_key,
+        addresses=addresses,
+        worker=worker_id(line["worker"]),
+        cluster=str(line["cluster"]),
+        term=int(line.get("term", 0)),
     )
 
 

@@ -1,14 +1,46 @@
-"""What a worker tells of itself at every beat: how it is, and while it loads, how far it has come.
+"""What a worker tells of itself: at first who it is, at every beat how it is, and while it loads, how far it has come.
 
 Knows nothing of connections or leases.
 """
 
 from __future__ import annotations
 
-from protocol.messages import Heartbeat, LoadProgress
+from protocol.ids import WorkerId
+from protocol.messages import (
+    OLDEST_VERSION,
+    VERSION,
+    Addresses,
+    DeviceProfile,
+    Heartbeat,
+    Hello,
+    LoadProgress,
+)
+from protocol.version import SOFTWARE
 from worker.executor import Executor
 from worker.loading import peak_bytes, resident_bytes
 from worker.state import TOLD_AS, Phase, WorkerState
+
+
+def hello_of(
+    worker: WorkerId,
+    state: WorkerState,
+    profile: DeviceProfile,
+    *,
+    data_addresses: Addresses,
+    tile_addresses: Addresses,
+) -> Hello:
+    """Return the first message of a connection."""
+    return Hello(
+        oldest_version=OLDEST_VERSION,
+        version=VERSION,
+        software=SOFTWARE,
+        worker=worker,
+        profile=profile,
+        data_addresses=data_addresses,
+        tile_addresses=tile_addresses,
+        epoch=state.held_epoch,
+        phase=TOLD_AS[state.phase],
+    )
 
 
 def heartbeat_of(state: WorkerState, executor: Executor, sequence: int, paused: str) -> Heartbeat:

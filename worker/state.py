@@ -8,23 +8,47 @@ epoch still reports is dropped.
     any of these --FetchFailed, Failed--> FAILED
     any of these, FAILED too --Unloaded, Silent--> HELD --Ordered--> FETCHING
                                                     '---HoldOver---> IDLE
+    any of these --LetGo, StopAsked--> ENDING
 
 A plan that is over leaves tiles, blocks, keys and values behind for the next one, which may come from a coordinator
-that has just been started again. Only when none has come for long is everything freed.
+that has just been started again. Only when none has come for long is everything freed. A worker that has a part in a
+plan asks to leave first (`LeaveWanted`), and goes when the coordinator lets it, or falls silent.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from protocol.errors import ManyhandsError
+from protocol.errors import CoordinatorStale, ManyhandsError
 from protocol.ids import WorkerId
-from protocol.messages import ErrorReport, Fault, Holder, LinkOrder, Load, Loaded, WorkerPhase
-from protocol.plans import Plan
+from protocol.messages import ErrorReport, Fault, Holder, Loaded, WorkerPhase
 from protocol.tiles import TileEntry
-from worker.commands import NO_ORDERS, Failed, KvOrders, Ready, TilesSpoiled
+from worker.commands import Failed, Ready, TilesSpoiled
+from worker.events import (
+    AskToLeave,
+    BeginPlan,
+    DropPlan,
+    Effect,
+    End,
+    Event,
+    Fetched,
+    FetchFailed,
+    HoldOver,
+    HoldPlan,
+    LeaveWanted,
+    LetGo,
+    News,
+    Ordered,
+    Silent,
+    StartFetch,
+    StartLoad,
+    StopAsked,
+    StopFetch,
+    Tell,
+    Unloaded,
+    Welcomed,
+)
 
 MAX_FETCHES: Final = 3
 
@@ -52,145 +76,28 @@ TOLD_AS: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Welcomed:
-    """The coordinator has let us in; another `term` than before means that it has restarted and counts anew."""
+def require_current(term: int, highest: int) -> None:
+    """Raise CoordinatorStale for a coordinator of a lower term than the highest that this worker has obeyed.
 
-    worker: WorkerId
-    term: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ordered:
-    """A `Load` came."""
-
-    plan: Plan
-    links: tuple[LinkOrder, ...]
-    entries: tuple[TileEntry, ...]
-    kv: KvOrders = NO_ORDERS
-    holders: tuple[Holder, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fetched:
-    """All tiles of this epoch are on disk."""
-
-    epoch: int
-    fetched_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FetchFailed:
-    """The tiles of this epoch can't be had."""
-
-    epoch: int
-    error: ManyhandsError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unloaded:
-    """An `Unload` came."""
-
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Silent:
-    """The coordinator was not heard for the length of its lease."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HoldOver:
-    """No plan has come for as long as the last one's leavings are kept."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StopAsked:
-    """The owner wants this worker to end."""
-
-    reason: str
-
-
-News = Fetched | FetchFailed | Ready | TilesSpoiled | Failed
-Event = Welcomed | Ordered | Unloaded | Silent | HoldOver | StopAsked | News
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BeginPlan:
-    """Tell the compute thread of the plan, and admit its neighbours."""
-
-    plan: Plan
-    links: tuple[LinkOrder, ...]
-    kv: KvOrders = NO_ORDERS
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StartFetch:
-    """Fetch what is missing of these tiles, from these holders if they can, in place of any fetch under way."""
-
-    epoch: int
-    entries: tuple[TileEntry, ...]
-    holders: tuple[Holder, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StopFetch:
-    """Give up the fetch under way; what came stays on disk."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StartLoad:
-    """Have the compute thread load the tiles."""
-
-    epoch: int
-    entries: tuple[TileEntry, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HoldPlan:
-    """Have the compute thread end this epoch and keep what it left; say `HoldOver` when that has been long."""
-
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DropPlan:
-    """Have the compute thread free everything."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tell:
-    """Send this to the coordinator."""
-
-    message: Loaded | Fault
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class End:
-    """Say goodbye and end."""
-
-    reason: str
-
-
-Effect = BeginPlan | StartFetch | StopFetch | StartLoad | HoldPlan | DropPlan | Tell | End
-
-
-def ordered_by(load: Load, entries: tuple[TileEntry, ...]) -> Ordered:
-    """Return the event of a `Load` whose payload is the manifest lines `entries`."""
-    kv = KvOrders(carries=load.carries, gives=load.gives, takes=load.takes, mirrors=load.mirrors)
-    return Ordered(plan=load.plan, links=load.links, entries=entries, kv=kv, holders=load.holders)
+    A coordinator takes a higher term at every start, so whoever has a lower one was replaced and does not know: two
+    must never drive one worker.
+    """
+    if term < highest:
+        raise CoordinatorStale(f"it is of term {term}, and this worker has obeyed one of term {highest}", phase="hello")
 
 
 class WorkerState:
     """The worker's side of forming; heartbeats tell `phase` and `epoch`, `worker` is its name once it is welcomed.
 
-    `held_epoch`: the plan whose leavings are kept, or the one under way; 0 when nothing is.
+    `held_epoch`: the plan whose leavings are kept, or the one under way; 0 when nothing is. `leaves_for`: why it has
+    asked to leave; empty when it has not.
     """
 
     def __init__(self) -> None:
         self.phase = Phase.IDLE
         self.epoch = 0
         self.held_epoch = 0
+        self.leaves_for = ""
         self._newest = 0
         self._term = 0
         self.worker = WorkerId("")
@@ -212,13 +119,14 @@ class WorkerState:
                 self._newest = max(self._newest, epoch)
                 return self._hold() if self.epoch <= epoch else []
             case Silent():
-                return self._hold()
+                return self._end(self.leaves_for) if self.leaves_for else self._hold()
             case HoldOver():
                 return self._drop() if self.phase is Phase.HELD else []
-            case StopAsked(reason=reason):
-                effects = [*self._hold(), *self._drop()]
-                self.phase = Phase.ENDING
-                return [*effects, End(reason=reason)]
+            case LeaveWanted(reason=reason) if self.epoch:
+                self.leaves_for = reason
+                return [AskToLeave(reason=reason)]
+            case LeaveWanted(reason=reason) | LetGo(reason=reason) | StopAsked(reason=reason):
+                return self._end(reason)
             case _:
                 return self._advance(event) if event.epoch == self.epoch != 0 else []
 
@@ -287,6 +195,11 @@ class WorkerState:
         self.phase = Phase.FAILED
         report = ErrorReport.of(error, node=self.worker)
         return [*effects, Tell(message=Fault(epoch=self.epoch, error=report, lost=lost))]
+
+    def _end(self, reason: str) -> list[Effect]:
+        effects = [*self._hold(), *self._drop()]
+        self.phase = Phase.ENDING
+        return [*effects, End(reason=reason)]
 
     def _hold(self) -> list[Effect]:
         """End the plan under way, if there is one, and keep what it leaves."""

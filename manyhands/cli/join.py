@@ -13,6 +13,7 @@ import click
 from manyhands.cli.flags import Configuration, print_settings, settings_options
 from protocol.errors import ConfigInvalid
 from protocol.logs import setup_logging
+from protocol.process import end_quietly_when_told
 from protocol.settings import LogSettings
 
 
@@ -43,6 +44,7 @@ def run(given_link: str | None, **given: Any) -> int:
         return 0
     require_torch()
     setup_logging(logs.config.log_level, logs.config.log_json)
+    end_quietly_when_told()
     from worker.daemon import run as work  # torch is loaded only now
 
     return work(worker.config)

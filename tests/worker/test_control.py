@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import Any
 
 import pytest
 import zmq.asyncio
+from tiny_cluster import SPEC, plan_of
 
 from protocol.errors import AccessRefused, ConfigInvalid, CoordinatorLost, LinkInvalid
 from protocol.frames import decode, encode
@@ -18,16 +22,20 @@ from protocol.messages import (
     Enroll,
     Enrolled,
     ErrorReport,
+    Goodbye,
     Heartbeat,
     HeartbeatReply,
     Hello,
     Leave,
+    LeaveAsk,
+    Load,
     Peer,
     Probe,
     Reached,
     Welcome,
 )
 from protocol.security import Gate, KeyPair, Link
+from protocol.specs import Span
 from protocol.transport import bind_router, receive
 from worker.addresses import data_addresses
 from worker.commands import LineBroke
@@ -36,6 +44,7 @@ from worker.control import Control
 from worker.identity import Home, Identity
 
 DEADLINE_S = 20.0
+ROOT = Path(__file__).parent.parent.parent
 
 
 class FakeCoordinator:
@@ -54,6 +63,7 @@ class FakeCoordinator:
         self.lease_s = 0.4
         self.refusal: ErrorReport | None = None
         self.control = b""
+        self.term = 1
 
     @property
     def link(self) -> str:
@@ -75,7 +85,7 @@ class FakeCoordinator:
                     self.control = envelope.routing_id
                     self.routes.append(envelope.routing_id)
                     reply = self.refusal or Welcome(
-                        version=1, software="t", cluster="c", term=1, heartbeat_s=0.02, lease_s=self.lease_s
+                        version=1, software="t", cluster="c", term=self.term, heartbeat_s=0.02, lease_s=self.lease_s
                     )
                 case Heartbeat(sequence=sequence):
                     reply = HeartbeatReply(sequence=sequence)
@@ -220,6 +230,90 @@ async def test_a_coordinator_that_lets_go_is_greeted_again(tmp_path: Path) -> No
         await one.until(lambda: bool(one.of(Heartbeat)))
         await one.say(ErrorReport.of(CoordinatorLost("forgotten")))
         await one.until(lambda: len(one.of(Hello)) == 2)
+
+
+PLAN = plan_of(
+    [(Span(0, SPEC.layers), [("pinned", Span(0, SPEC.kv_heads), Span(0, SPEC.ffn_tiles))], 0)], head="pinned"
+)
+LOAD = Load(plan=PLAN, links=())
+
+
+@pytest.mark.asyncio
+async def test_a_coordinator_of_a_lower_term_is_not_obeyed_and_dialled_again(tmp_path: Path) -> None:
+    async with coordinator() as one:
+        one.term = 5
+        async with working(config_of(tmp_path, one.link)):
+            await one.until(lambda: bool(one.of(Heartbeat)))
+        one.term, one.heard = 4, []
+        async with working(config_of(tmp_path, "")):  # what it has obeyed outlives the process
+            await one.until(lambda: len(one.of(Hello)) > 2)
+            assert not one.of(Heartbeat)
+            one.term = 6
+            await one.until(lambda: bool(one.of(Heartbeat)))
+
+
+@pytest.mark.asyncio
+async def test_a_goodbye_ends_the_worker_well(tmp_path: Path) -> None:
+    async with coordinator() as one:
+        task = asyncio.create_task(Control(config_of(tmp_path, one.link)).serve())
+        await one.until(lambda: bool(one.of(Heartbeat)))
+        await one.say(Goodbye(reason="drained"))
+        await asyncio.wait_for(task, DEADLINE_S)
+        await one.until(lambda: bool(one.of(Leave)))
+        assert one.of(Leave)[0].reason == "drained"
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("end", ["goodbye", "asked again", "standard input"])
+async def test_who_has_a_part_in_a_plan_asks_before_it_leaves(tmp_path: Path, end: str) -> None:
+    async with coordinator() as one:
+        control = Control(config_of(tmp_path, one.link))
+        task = asyncio.create_task(control.serve())
+        await one.until(lambda: bool(one.of(Heartbeat)))
+        await one.say(LOAD)
+        await one.until(lambda: one.of(Heartbeat)[-1].epoch == PLAN.epoch)
+        control.leave("SIGTERM")
+        await one.until(lambda: bool(one.of(LeaveAsk)))
+        assert not task.done() and not one.of(Leave)
+        if end == "goodbye":
+            await one.say(Goodbye(reason="handed over"))
+        elif end == "asked again":
+            control.leave("SIGTERM")
+        else:
+            control.stop("standard input was closed")
+        await asyncio.wait_for(task, DEADLINE_S)
+        await one.until(lambda: bool(one.of(Leave)))
+
+
+@pytest.mark.asyncio
+async def test_nobody_takes_over_in_time(tmp_path: Path) -> None:
+    async with coordinator() as one:
+        control = Control(config_of(tmp_path, one.link, leave_timeout_s=0.01))
+        task = asyncio.create_task(control.serve())
+        await one.until(lambda: bool(one.of(Heartbeat)))
+        await one.say(LOAD)
+        await one.until(lambda: one.of(Heartbeat)[-1].epoch == PLAN.epoch)
+        control.leave("SIGTERM")
+        await asyncio.wait_for(task, DEADLINE_S)
+        await one.until(lambda: bool(one.of(Leave)))
+        assert "nobody took over within 0.01 s" in one.of(Leave)[0].reason
+
+
+def test_a_signal_in_the_first_seconds_ends_a_worker_well(tmp_path: Path) -> None:
+    """Before torch is there: the import of the daemon is held at a gate."""
+    (tmp_path / "torch.py").write_text("import sys; print('here', flush=True); sys.stdin.read()")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "worker", "--link", "x"],
+        env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None and process.stdout.readline() == b"here\n"
+        process.terminate()
+        assert process.wait(DEADLINE_S) == 0
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @pytest.mark.asyncio

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from tiny_cluster import SPEC, plan_of
 
-from protocol.errors import PeerLost, StorageFull, TileUnavailable
+from protocol.errors import CoordinatorStale, PeerLost, StorageFull, TileUnavailable
 from protocol.ids import WorkerId
 from protocol.messages import Fault, Loaded
 from protocol.specs import Span
 from worker.commands import Failed, Ready, TilesSpoiled
-from worker.state import (
+from worker.events import (
     BeginPlan,
     DropPlan,
     Effect,
@@ -25,8 +25,9 @@ from worker.state import (
     FetchFailed,
     HoldOver,
     HoldPlan,
+    LeaveWanted,
+    LetGo,
     Ordered,
-    Phase,
     Silent,
     StartFetch,
     StartLoad,
@@ -35,8 +36,8 @@ from worker.state import (
     Tell,
     Unloaded,
     Welcomed,
-    WorkerState,
 )
+from worker.state import Phase, WorkerState, require_current
 
 ALL = (Span(0, SPEC.layers), [("a", Span(0, SPEC.kv_heads), Span(0, SPEC.ffn_tiles))], 0)
 WELCOME = Welcomed(worker=WorkerId("a"), term=1)
@@ -107,6 +108,19 @@ STORIES: dict[str, list[tuple[Event, str]]] = {
         (order(5), "BeginPlan StartFetch"), (Silent(), "StopFetch HoldPlan"),
         (Welcomed(worker=WorkerId("a"), term=2), ""), (order(1), "BeginPlan StartFetch"),
     ],
+    "who has no part in a plan leaves at once": [(LeaveWanted(reason="SIGTERM"), "End"), (order(1), "")],
+    "who has a part hands over before": [
+        (order(1), "BeginPlan StartFetch"), (fetched(1), "StartLoad"), (ready(1), "Tell"),
+        (LeaveWanted(reason="SIGTERM"), "AskToLeave"), (order(2), "BeginPlan StartFetch"), (fetched(2), "StartLoad"),
+        (ready(2), "Tell"), (LetGo(reason="handed over"), "HoldPlan DropPlan End"), (LetGo(reason="late"), ""),
+    ],
+    "nobody hands over to a coordinator that is silent": [
+        (order(1), "BeginPlan StartFetch"), (LeaveWanted(reason="SIGTERM"), "AskToLeave"),
+        (Silent(), "StopFetch HoldPlan DropPlan End"),
+    ],
+    "a goodbye that was not asked for": [
+        (order(1), "BeginPlan StartFetch"), (LetGo(reason="drained"), "StopFetch HoldPlan DropPlan End"),
+    ],
     "the end": [
         (order(1), "BeginPlan StartFetch"), (StopAsked(reason="SIGTERM"), "StopFetch HoldPlan DropPlan End"),
         (order(2), ""), (StopAsked(reason="again"), ""),
@@ -120,6 +134,13 @@ def test_stories(words: str) -> None:
     state.handle(WELCOME)
     for event, expected in STORIES[words]:
         assert [type(effect).__name__ for effect in state.handle(event)] == expected.split(), event
+
+
+def test_a_coordinator_of_a_lower_term_is_not_obeyed() -> None:
+    require_current(3, 3)
+    require_current(4, 3)
+    with pytest.raises(CoordinatorStale, match="term 2, and this worker has obeyed one of term 3"):
+        require_current(2, 3)
 
 
 def test_what_is_told() -> None:
@@ -162,6 +183,7 @@ class AnyOrder(RuleBasedStateMachine):
                     lambda epoch: FetchFailed(epoch=epoch, error=StorageFull("full")),
                     lambda epoch: Silent(),
                     lambda epoch: HoldOver(),
+                    lambda epoch: LeaveWanted(reason="x"),
                 ]
             ),
             st.integers(1, 6),
@@ -169,6 +191,10 @@ class AnyOrder(RuleBasedStateMachine):
     )
     def any_event(self, event: Any) -> None:
         self.follow(self.state.handle(event))
+
+    @rule()
+    def let_go(self) -> None:
+        self.follow(self.state.handle(LetGo(reason="x")))
 
     @rule()
     def stop(self) -> None:
