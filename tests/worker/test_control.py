@@ -16,7 +16,7 @@ import zmq.asyncio
 from tiny_cluster import SPEC, plan_of
 
 from protocol.errors import AccessRefused, ConfigInvalid, CoordinatorLost, LinkInvalid
-from protocol.frames import decode, encode
+from protocol.frames import decode, encode, pack_manifest
 from protocol.ids import WorkerId
 from protocol.messages import (
     Enroll,
@@ -111,8 +111,8 @@ class FakeCoordinator:
         """Begin to answer."""
         self.task = asyncio.create_task(self.answer())
 
-    async def say(self, message: object, route: bytes = b"") -> None:
-        await self.router.send_multipart([route or self.control, *encode(message)])
+    async def say(self, message: object, route: bytes = b"", payload: bytes | None = None) -> None:
+        await self.router.send_multipart([route or self.control, *encode(message, payload)])
 
     async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(DEADLINE_S):
@@ -270,7 +270,7 @@ async def test_who_has_a_part_in_a_plan_asks_before_it_leaves(tmp_path: Path, en
         control = Control(config_of(tmp_path, one.link))
         task = asyncio.create_task(control.serve())
         await one.until(lambda: bool(one.of(Heartbeat)))
-        await one.say(LOAD)
+        await one.say(LOAD, payload=pack_manifest(()))
         await one.until(lambda: one.of(Heartbeat)[-1].epoch == PLAN.epoch)
         control.leave("SIGTERM")
         await one.until(lambda: bool(one.of(LeaveAsk)))
@@ -291,7 +291,7 @@ async def test_nobody_takes_over_in_time(tmp_path: Path) -> None:
         control = Control(config_of(tmp_path, one.link, leave_timeout_s=0.01))
         task = asyncio.create_task(control.serve())
         await one.until(lambda: bool(one.of(Heartbeat)))
-        await one.say(LOAD)
+        await one.say(LOAD, payload=pack_manifest(()))
         await one.until(lambda: one.of(Heartbeat)[-1].epoch == PLAN.epoch)
         control.leave("SIGTERM")
         await asyncio.wait_for(task, DEADLINE_S)
