@@ -98,12 +98,12 @@ class Control:
         self._owner = Owner(config.limits())
         self._identity = Identity(config.state_folder)
         self._store = TileStore(config.cache_folder, parse_bytes(config.cache_limit), config.page_cache)
-        self._tiles = TileExchange(config, self._identity.keys, self._store)
         self._links = Links(self._identity.keys, config.listen)
         spool = Spool(config.cache_folder / "spool", parse_bytes(config.spool_limit))
         self._executor = Executor(self._links, self._store, self._take_report, self._settings, spool)
         self._state = WorkerState()
         self._context = zmq.asyncio.Context()
+        self._tiles = TileExchange(config, self._identity.keys, self._store, self._context)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._connection: Connection | None = None
         self._group: asyncio.TaskGroup | None = None
@@ -342,4 +342,4 @@ class Control:
         if before is not None:
             await asyncio.wait((before,))
         if self._connection is not None:
-            self._apply(await fetch_for_plan(self._connection, self._store, effect))
+            self._apply(await fetch_for_plan(self._connection, self._tiles, self._state.worker, effect))

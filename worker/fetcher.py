@@ -1,96 +1,130 @@
 """Fetches the tiles a plan needs that are not on this disk: asks, writes, verifies, until all are there.
 
-Knows nothing of plans or tensors. The order of requests is `worker.fetch_plan`'s; here are only the socket, the disk
-(in a thread of its own, so that a slow card can't delay heartbeats) and the deadline, which every byte extends.
+Knows nothing of plans or tensors. Whom to ask for what is `worker.fetch_plan`'s to say; here are only the disk (in a
+thread of its own, so that a slow card can't delay heartbeats), the clock, and what both sides say to each other.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final, Protocol
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from typing import Any, Final
 
-from protocol.errors import DeadlineExceeded, ProtocolViolation
+from protocol.errors import ProtocolViolation
 from protocol.frames import Received
-from protocol.messages import ErrorReport, TileChunk
+from protocol.ids import WorkerId
+from protocol.messages import ErrorReport, Holder, TileChunk
 from protocol.tiles import TileEntry
-from worker.fetch_plan import Action, Append, Ask, FetchPlan, Finish, Open
+from worker.fetch_actions import Action, Append, Ask, Finish, HangUp, Open
+from worker.fetch_lines import Bulk, Came, FetchLines
+from worker.fetch_plan import SILENCE_S, FetchPlan
+from worker.fetch_sources import COORDINATOR, holdings
+from worker.groups import most_telling
 from worker.store import TilePart, TileStore
+from worker.tile_source import TileDialer
 
-SILENCE_S: Final = 15.0
-REPEAT_S: Final = 4.0
+TICK_S: Final = 0.1  # between looks at who is late, while nothing comes
 _log = logging.getLogger(__name__)
 
 
-class Bulk(Protocol):
-    """The connection that tiles come over."""
-
-    async def send(self, message: object) -> None:
-        """Send one message to the coordinator."""
-        ...
-
-    async def receive(self) -> Received:
-        """Return the next message of the coordinator."""
-        ...
-
-
 class Fetcher:
-    """One fetch: the missing tiles of one plan. Cancel the task that runs it to stop; parts on disk are kept."""
+    """One fetch: the missing tiles of one plan. Cancel the task that runs it to stop; parts on disk are kept.
 
-    def __init__(self, bulk: Bulk, store: TileStore, entries: Iterable[TileEntry]) -> None:
+    `bulk` is the connection to the coordinator, which one fetch at a time may use. `purpose` names the pins that keep
+    the tiles from eviction.
+    """
+
+    def __init__(
+        self,
+        bulk: Bulk,
+        store: TileStore,
+        entries: Iterable[TileEntry],
+        holders: Iterable[Holder] = (),
+        dialer: TileDialer | None = None,
+        *,
+        purpose: str = "plan",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Fetch from `holders` first; without a `dialer` the coordinator is the only source."""
         self._bulk = bulk
         self._store = store
         self._entries = tuple(entries)
+        self._dialer = dialer
+        self._peers, self._held = holdings(holders, self._entries, dialer.own_key) if dialer else ({}, {})
+        self._purpose = purpose
+        self._clock = clock
         self._parts: dict[bytes, TilePart] = {}
         self._plan = FetchPlan(())
-        self._fetched_bytes = 0
         self._done_bytes = 0
         self._total_bytes = sum({entry.digest: entry.num_bytes for entry in self._entries}.values())
+
+    @property
+    def fetched_bytes(self) -> Counter[WorkerId]:
+        """Bytes that came from each source so far; the coordinator's name is empty."""
+        return self._plan.fetched_bytes
 
     async def run(self, on_progress: Callable[[int, int], None], silence_s: float = SILENCE_S) -> int:
         """Fetch what is missing and return how many bytes came over the wire.
 
-        `on_progress(done, total)` is called after every chunk, in bytes. Raises TileUnavailable, StorageFull,
-        ProtocolViolation, the coordinator's own error, or DeadlineExceeded after `silence_s` without a byte.
+        `on_progress(done, total)` is called as bytes come. Raises TileUnavailable, StorageFull, ProtocolViolation, the
+        coordinator's own error, or DeadlineExceeded after `silence_s` without a byte from anybody.
         """
         missing = await asyncio.to_thread(self._prepare)
-        self._plan = FetchPlan(missing)
+        self._plan = FetchPlan(missing, self._held, now=self._clock(), silence_s=silence_s)
         self._done_bytes = self._total_bytes - sum(entry.num_bytes for entry in missing)
         on_progress(self._done_bytes, self._total_bytes)
         try:
-            await self._do(self._plan.next_actions())
-            while not self._plan.is_done:
-                await self._do(await self._next_chunk(silence_s))
-                await self._do(self._plan.next_actions())
-                on_progress(self._done_bytes, self._total_bytes)
+            async with asyncio.TaskGroup() as group:
+                lines = FetchLines(group, self._bulk, self._peers, self._dialer, self._clock)
+                try:
+                    await self._fetch_all(lines, on_progress)
+                finally:
+                    lines.close()
+        except BaseExceptionGroup as group_error:
+            raise most_telling(group_error) from None
         finally:
             for part in self._parts.values():
                 part.close()
-        return self._fetched_bytes
+        self._log_sources(len(missing))
+        return sum(self._plan.fetched_bytes.values())
 
     def _prepare(self) -> tuple[TileEntry, ...]:
-        self._store.pin(self._entries)
+        self._store.pin(self._entries, self._purpose)
         missing = self._store.missing(self._entries)
         self._store.make_room(missing)
         return missing
 
-    async def _do(self, actions: Sequence[Action]) -> None:
+    async def _fetch_all(self, lines: FetchLines, on_progress: Callable[[int, int], None]) -> None:
+        """Take in what came before deciding anything: a source is not silent because we were at the disk."""
+        while not self._plan.is_done:
+            todo = [action for came in await lines.wait(0.0) for action in self._take(came)]
+            todo = todo or self._plan.next_actions(self._clock())
+            todo = todo or [action for came in await lines.wait(TICK_S) for action in self._take(came)]
+            if todo:
+                await self._do(todo, lines)
+                on_progress(self._done_bytes, self._total_bytes)
+
+    async def _do(self, actions: Iterable[Action], lines: FetchLines) -> None:
         """Carry out actions and those that follow from them."""
         todo = deque(actions)
         while todo:
             match todo.popleft():
+                case Ask(source, request):
+                    lines.ask(source, request)
+                case HangUp(source, reason, is_final):
+                    self._log_failure(source, reason, is_final=is_final)
+                    lines.hang_up(source)
                 case Open(entry):
                     todo.extend(await self._open(entry))
-                case Ask(request):
-                    await self._bulk.send(request)
                 case Append(entry, data):
                     await asyncio.to_thread(self._parts[entry.digest].append, data)
+                    self._done_bytes += len(data)
                 case Finish(entry):
-                    await self._finish(entry)
-            if not todo:
-                todo.extend(self._plan.next_actions())
+                    todo.extend(await self._finish(entry))
+        self._plan.worked(self._clock())
 
     async def _open(self, entry: TileEntry) -> list[Action]:
         if self._store.has(entry):
@@ -102,7 +136,7 @@ class Fetcher:
         self._done_bytes += part.length
         return self._plan.opened(entry.digest, part.length)
 
-    async def _finish(self, entry: TileEntry) -> None:
+    async def _finish(self, entry: TileEntry) -> list[Action]:
         part = self._parts.pop(entry.digest)
         try:
             is_good = await asyncio.to_thread(part.finish)
@@ -110,43 +144,46 @@ class Fetcher:
             part.close()
         if is_good:
             self._plan.verified(entry.digest)
+            return []
+        _log.warning("%s arrived altered, asking for it again", entry.tile)
+        self._done_bytes -= entry.num_bytes
+        return self._plan.spoiled(entry.digest)
+
+    def _take(self, came: Came) -> list[Action]:
+        """Tell the plan what came; raises what the coordinator did wrong, or that nobody has a tile."""
+        match came.what:
+            case Received(message, payload):
+                return self._take_message(came, message, payload)
+            case ProtocolViolation() as error:
+                return self._plan.distrust(came.source, str(error))
+            case error:
+                return self._plan.failed(came.source, str(error), came.at)
+
+    def _take_message(self, came: Came, message: Any, payload: memoryview) -> list[Action]:
+        match message:
+            case TileChunk(digest=digest, offset=offset):
+                return self._plan.received(came.source, digest, offset, payload, came.at)
+            case ErrorReport(digest=digest) if digest:  # of a fetch before this one, when nobody waits for it
+                return self._plan.refused(came.source, digest, message.error(), came.at)
+            case ErrorReport() if came.source == COORDINATOR:
+                raise message.error()
+            case ErrorReport():
+                return self._plan.failed(came.source, message.text, came.at)
+            case _ if came.source == COORDINATOR:
+                raise ProtocolViolation(f"{type(message).__name__} came where a TileChunk was asked for", phase="fetch")
+            case _:
+                return self._plan.distrust(came.source, f"it sent a {type(message).__name__} for a tile")
+
+    def _log_failure(self, source: WorkerId, reason: str, *, is_final: bool) -> None:
+        if is_final:
+            _log.warning("no more tiles from %s in this fetch: %s", source, reason)
         else:
-            _log.warning("%s arrived altered, asking for it again", entry.tile)
-            self._done_bytes -= entry.num_bytes
-            self._plan.spoiled(entry.digest)
+            _log.info("%s: %s; its tiles are asked of others", source or "the coordinator", reason)
 
-    async def _next_chunk(self, silence_s: float) -> list[Action]:
-        """Wait for bytes; asks again now and then, for a connection that broke has lost what was under way."""
-        waited_s = 0.0
-        while True:
-            patience_s = min(REPEAT_S, silence_s - waited_s)
-            try:
-                received = await asyncio.wait_for(self._bulk.receive(), patience_s)
-            except TimeoutError:
-                waited_s += patience_s
-                if waited_s >= silence_s:
-                    raise self._silence(waited_s) from None
-                await self._do(self._plan.repeat())
-                continue
-            return self._take(received)
-
-    def _take(self, received: Received) -> list[Action]:
-        message: Any = received.message
-        if isinstance(message, ErrorReport):
-            if message.digest and not self._plan.waits_for(message.digest):  # the answer to a fetch before this one
-                return []
-            raise message.error()
-        if not isinstance(message, TileChunk):
-            raise ProtocolViolation(f"{type(message).__name__} came where a TileChunk was asked for", phase="fetch")
-        actions = self._plan.received(message.digest, message.offset, received.payload)
-        self._fetched_bytes += len(received.payload)
-        self._done_bytes += sum(len(action.data) for action in actions if isinstance(action, Append))
-        return actions
-
-    def _silence(self, waited_s: float) -> DeadlineExceeded:
-        tiles = ", ".join(str(entry.tile) for entry in self._plan.under_way[:3])
-        return DeadlineExceeded(
-            f"no byte of {tiles} came within {waited_s:g} s",
-            remedy="check the connection to the coordinator; what was fetched is kept",
-            phase="fetch",
-        )
+    def _log_sources(self, num_tiles: int) -> None:
+        fetched = self._plan.fetched_bytes
+        if num_tiles:
+            words = ", ".join(
+                f"{fetched[one]} from {one or 'the coordinator'}" for one in sorted(fetched, reverse=True)
+            )
+            _log.info("fetched %d tiles, %d bytes: %s", num_tiles, fetched.total(), words or "all were here by now")

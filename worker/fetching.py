@@ -9,16 +9,18 @@ import time
 from typing import Final
 
 from protocol.errors import ManyhandsError
+from protocol.ids import WorkerId
 from protocol.messages import LoadProgress
 from worker.connection import Connection
 from worker.events import Fetched, FetchFailed, StartFetch
-from worker.fetcher import Fetcher
-from worker.store import TileStore
+from worker.tile_exchange import TileExchange
 
 PROGRESS_S: Final = 0.5
 
 
-async def fetch_for_plan(connection: Connection, store: TileStore, order: StartFetch) -> Fetched | FetchFailed:
+async def fetch_for_plan(
+    connection: Connection, tiles: TileExchange, own: WorkerId, order: StartFetch
+) -> Fetched | FetchFailed:
     """Fetch what is missing, with `LoadProgress` twice a second; what came before a failure stays on disk."""
     told_at = 0.0
 
@@ -31,7 +33,7 @@ async def fetch_for_plan(connection: Connection, store: TileStore, order: StartF
             )
 
     try:
-        fetched_bytes = await Fetcher(connection, store, order.entries).run(tell_progress)
+        fetched_bytes = await tiles.fetch(connection, own, order.entries, order.holders, on_progress=tell_progress)
     except ManyhandsError as error:
         return FetchFailed(epoch=order.epoch, error=error)
     return Fetched(epoch=order.epoch, fetched_bytes=fetched_bytes)

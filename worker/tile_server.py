@@ -69,10 +69,6 @@ class TileServer:
         """Serve these keys and no others."""
         self._admitted = frozenset(keys)
 
-    def admit_too(self, keys: Iterable[bytes]) -> None:
-        """Serve these keys besides those that are served already."""
-        self._admitted |= frozenset(keys)
-
     def offer(self, entries: Iterable[TileEntry]) -> None:
         """Hand out these tiles too, once they are on disk.
 

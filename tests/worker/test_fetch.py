@@ -7,15 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tiny_cluster import entry_of, put
 
-from protocol.errors import DeadlineExceeded, FrameMalformed, ProtocolViolation, StorageFull, TileUnavailable
+from protocol.errors import DeadlineExceeded, ProtocolViolation, StorageFull, TileUnavailable
 from protocol.frames import Received
 from protocol.messages import ErrorReport, TileChunk, TileRequest, Welcome
 from protocol.tiles import TileEntry, TileId, TileKind
-from worker.fetch_plan import Append, Ask, FetchPlan, Finish, Open
 from worker.fetcher import Fetcher
 from worker.store import TileStore
 
@@ -30,52 +27,6 @@ def entries_of(sizes: list[int]) -> dict[TileEntry, bytes]:
         data = index.to_bytes(2, "little") + content(index, size)
         found[entry_of(TileId(index, TileKind.FFN, 0), data)] = data
     return found
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=6),
-    have=st.integers(0, 10),
-    window=st.integers(1, 5),
-    dice=st.randoms(use_true_random=False),
-)
-def test_every_byte_is_handed_on_once_and_in_order(sizes: list[int], have: int, window: int, dice: Any) -> None:
-    tiles = entries_of(sizes)
-    by_digest = {entry.digest: data for entry, data in tiles.items()}
-    written = {entry.digest: bytearray() for entry in tiles}
-    plan = FetchPlan(tiles, window=window, chunk_bytes=7)
-    under_way: list[TileRequest] = []
-    todo = list(plan.next_actions())
-    while not plan.is_done:
-        while todo:
-            match todo.pop(0):
-                case Open(entry):
-                    written[entry.digest] += by_digest[entry.digest][: min(have, entry.num_bytes)]
-                    todo += plan.opened(entry.digest, len(written[entry.digest]))
-                case Ask(request):
-                    under_way.append(request)
-                    assert len(under_way) <= window
-                case Append(entry, data):
-                    written[entry.digest] += data
-                case Finish(entry):
-                    plan.verified(entry.digest)
-            todo += plan.next_actions()
-        if under_way:
-            request = under_way.pop(dice.randrange(len(under_way)))
-            data = memoryview(by_digest[request.digest])[request.offset : request.offset + request.length]
-            todo += plan.received(request.digest, request.offset, data)
-            assert plan.received(request.digest, request.offset, data) == []  # a repeated answer
-    assert {digest: bytes(data) for digest, data in written.items()} == by_digest
-
-
-def test_a_chunk_of_another_length_names_its_tile() -> None:
-    (entry,) = entries_of([10])
-    plan = FetchPlan([entry])
-    plan.next_actions()
-    plan.opened(entry.digest, 0)
-    plan.next_actions()
-    with pytest.raises(FrameMalformed, match=r"layer 0 ffn\.0"):
-        plan.received(entry.digest, 0, memoryview(b"short"))
 
 
 class FakeBulk:
@@ -143,7 +94,7 @@ def test_silence_ends_the_fetch_and_names_the_tile(tmp_path: Path) -> None:
 
 
 def test_a_request_that_got_lost_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.fetcher.REPEAT_S", 0.01)
+    monkeypatch.setattr("worker.fetch_sources.STALL_S", 0.01)
     tiles = entries_of([100])
     bulk = FakeBulk(tiles, lose=1)
     fetch(bulk, TileStore(tmp_path, 10**6), tiles)

@@ -143,7 +143,7 @@ def test_a_stranger_and_one_who_was_let_go_are_refused(serving: Serving) -> None
     assert asker.ask(asked(FFN, 0, 10), live) is not None
     server.admit([])
     assert asker.ask(asked(FFN, 0, 10), live, wait_ms=300) is None
-    server.admit_too([asker.keys.public])
+    server.admit([asker.keys.public])
     assert asker.ask(asked(FFN, 0, 10), live) is not None
 
 
