@@ -125,6 +125,17 @@ def test_the_stream_waits_for_the_head_that_comes_back(house: House, expected: t
     assert answer(house) == expected
 
 
+def test_a_worker_that_is_told_to_end_hands_over_first(house: House, expected: tuple[int, ...]) -> None:
+    name = second_stage(house)[1]
+    child = house.workers[name]
+    assert break_in_mid_answer(house, child.process.terminate) == expected
+    assert child.process.wait(DEADLINE_S) == 0
+    status = house.client.status()
+    assert f"{name} hands over" in told(status)
+    house.start(name)
+    house.until_whole()
+
+
 @pytest.mark.parametrize("harm", ["altered", "cut short", "deleted"])
 def test_spoiled_tiles_are_fetched_again(house: House, expected: tuple[int, ...], harm: str) -> None:
     name = second_stage(house)[1]
