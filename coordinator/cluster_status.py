@@ -82,7 +82,10 @@ class Totals:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterStatus:
-    """The whole cluster. `plan` is None while there is none; `last_error` is empty when nothing ever failed."""
+    """The whole cluster. `plan` is None while there is none; `last_error` is empty when nothing ever failed.
+
+    `now`: the core's own time, which stands still while the coordinator is away; happenings and recoveries count by it.
+    """
 
     term: int
     epoch: int
@@ -97,3 +100,4 @@ class ClusterStatus:
     refusal: ManyhandsError | None = None  # why the workers that are here can't hold the model, while that is so
     happenings: tuple[Happening, ...] = ()
     recoveries: tuple[Recovery, ...] = ()
+    now: float = 0.0

@@ -248,7 +248,7 @@ class Daemon:
         actor = self._actor
         now = actor.clock()
         status = actor.state.status(now)
-        return render_status(status, cluster=self._home.cluster, spec=self._model.spec, counts=counts, now=now)
+        return render_status(status, cluster=self._home.cluster, spec=self._model.spec, counts=counts)
 
     def _hang_up(self, error: ManyhandsError) -> None:
         """Tell the clients whose requests the core has not ended itself."""

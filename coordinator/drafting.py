@@ -68,31 +68,34 @@ class Drafter:
         An explicit plan that its workers' memory can't hold any more gives way to an automatic one. Raises
         PlanImpossible, BudgetTooSmall.
         """
+        head = self._registry.head
+        if head is None:
+            raise InvariantBroken("a plan was begun without a head")
         usable = self.usable(now)
         willing = [member for member in self._registry if member in usable or self._is_willing(member)]
         try:
-            return self._over(usable, seats, epoch, reach)
+            return self._over(head, usable, seats, epoch, reach)
         except (PlanImpossible, BudgetTooSmall):
             if len(willing) == len(usable):
                 raise
-            return self._over(willing, seats, epoch, reach)
+            return self._over(head, willing, seats, epoch, reach)
 
     def successors(self, draft: Draft, losses: int) -> Iterator[Plan]:
         """Yield the plans that would follow when up to so many of a plan's workers, but the head, were lost at once."""
         members = {member.worker: member for member in self._registry}
+        head = members.get(draft.plan.head)
+        if head is None:
+            return
         others = [worker for worker in draft.plan.workers if worker != draft.plan.head and worker in members]
         lost = (gone for count in range(1, losses + 1) for gone in itertools.combinations(others, count))
         for gone in itertools.islice(lost, MAX_SUCCESSORS):
             left = [members[worker] for worker in draft.plan.workers if worker in members and worker not in gone]
             try:
-                yield self._over(left, draft.seating.seats, draft.plan.epoch, frozenset()).plan
+                yield self._over(head, left, draft.seating.seats, draft.plan.epoch, frozenset()).plan
             except (PlanImpossible, BudgetTooSmall):
                 continue  # nobody could take over: there is nothing to get ready
 
-    def _over(self, members: Collection[Member], seats: Seats, epoch: int, reach: Reach) -> Draft:
-        head = self._registry.head
-        if head is None:
-            raise InvariantBroken("a plan was begun without a head")
+    def _over(self, head: Member, members: Collection[Member], seats: Seats, epoch: int, reach: Reach) -> Draft:
         others = [member.worker for member in members if member is not head]
         others.sort(key=lambda worker: -self._registry.num_tiles(worker))  # whoever has most tiles takes a seat first
         profiles = {member.worker: member.profile for member in members}

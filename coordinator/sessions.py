@@ -33,13 +33,7 @@ from coordinator.memory import KvRoom
 from coordinator.policy import ClusterPolicy
 from coordinator.session import Session, open_session
 from coordinator.steps_under_way import StepsUnderWay
-from protocol.errors import (
-    InvariantBroken,
-    LocalError,
-    ManyhandsError,
-    Overloaded,
-    PromptTooLong,
-)
+from protocol.errors import InvariantBroken, LocalError, ManyhandsError, Overloaded, PromptTooLong
 from protocol.ids import SessionId
 from protocol.messages import Carry, FinishReason, Release, StepDone
 from protocol.plans import Plan
@@ -63,7 +57,7 @@ class Sessions:
         self._closing: dict[SessionId, Session] = {}
         self._released: list[SessionId] = []
         self.steps = StepsUnderWay(spec)
-        self._idle_since = 0.0  # since when no plan is served
+        self._idle_since: float | None = 0.0  # since when no plan is served; None: since the first look
         self._cause = ""  # why the plan before is over
         self._refusal, self.is_held = "", False
         self.totals = Totals()
@@ -140,7 +134,8 @@ class Sessions:
     def expire(self, now: float, detail: str) -> list[Effect]:
         """Fail the requests that have waited too long for a plan; `detail` says what it waits for."""
         limit_s = self._policy.form_timeout_s
-        late = [one for one in self._waiting if now - max(one.arrived_at, self._idle_since) >= limit_s]
+        idle_since = self._idle_since = now if self._idle_since is None else self._idle_since
+        late = [one for one in self._waiting if now - max(one.arrived_at, idle_since) >= limit_s]
         return [self._drop(one, Overloaded(f"no model after {limit_s:g} s: {detail}")) for one in late]
 
     def stop(self, reason: str) -> list[Effect]:
@@ -166,8 +161,9 @@ class Sessions:
         self._room, self._arena = room, Arena(room.positions)
         begun = [session for session in self._waiting if session.computed]
         for session in begun:
-            place = self._arena.take(session.session, session.capacity)
-            if place is None or len(self._running) >= self._policy.max_sessions:
+            is_full = len(self._running) >= self._policy.max_sessions
+            place = None if is_full else self._arena.take(session.session, session.capacity)
+            if place is None:
                 session.computed = 0  # nobody keeps it for later
                 continue
             self._waiting.remove(session)
@@ -218,6 +214,7 @@ class Sessions:
 
     def restore(self, saved: Iterable[Session]) -> None:
         """Queue sessions of an earlier life of the coordinator; what workers still hold of them will show."""
+        self._idle_since = None
         for session in saved:
             session.computed = len(session.tokens) - 1
             self._waiting.append(session)

@@ -77,8 +77,8 @@ class ClusterState:
         self._deployment = Deployment(request, policy, self._registry, self._sessions, term=term, seats=seats)
         self._told: tuple[Phase, str] | None = None
         self._pace = Pace()
-        self._now = 0.0
-        self._last_tick: float | None = None
+        self._seen: float | None = None  # the latest time that was told
+        self._away_s = 0.0
 
     # ------------------------------------------------------------ what the rim asks
 
@@ -101,6 +101,7 @@ class ClusterState:
 
     def status(self, now: float) -> ClusterStatus:
         """Describe the whole cluster."""
+        now -= self._away_s
         deployment, error = self._deployment, self._deployment.error
         return ClusterStatus(
             term=self._term,
@@ -116,6 +117,7 @@ class ClusterState:
             refusal=deployment.refusal,
             happenings=tuple(deployment.story.happenings),
             recoveries=tuple(deployment.story.recoveries),
+            now=now,
         )
 
     def _worker_status(self, member: Member, now: float) -> WorkerStatus:
@@ -141,12 +143,23 @@ class ClusterState:
         Raises InvariantBroken for a bug (a session number used twice); everything a peer can cause comes back as
         effects.
         """
-        now = self._now = max(now, self._now)
+        now = self._own_time(now)
         effects = self._take(event, now)
         effects += self._deployment.advance(now)
         effects += self._sessions.schedule(now)
         effects += self._tell_phase()
         return effects
+
+    def _own_time(self, now: float) -> float:
+        """Return the time that counts for deadlines: it stands still while nothing was handled, not even a tick.
+
+        Then the whole process was away (suspended, stopped), and nobody's silence or slowness proves anything.
+        """
+        seen, self._seen = self._seen, now if self._seen is None else max(now, self._seen)
+        if seen is not None and self._seen - seen > self._policy.lease_s / 2:
+            self._away_s += self._seen - seen
+            self._registry.renew_all(self._seen - self._away_s)
+        return self._seen - self._away_s
 
     def _take(self, event: Event, now: float) -> list[Effect]:
         match event:
@@ -264,9 +277,6 @@ class ClusterState:
         return effects
 
     def _check_leases(self, now: float) -> list[Effect]:
-        last, self._last_tick = self._last_tick, now
-        if last is None or now - last > self._policy.lease_s / 2:
-            self._registry.renew_all(now)  # we were away (suspended, stopped): silence proves nothing
         effects: list[Effect] = []
         silent = [member.worker for member in self._registry.silent(now)]
         errors = [

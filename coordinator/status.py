@@ -34,10 +34,8 @@ class RimCounts(NamedTuple):
     dropped: int
 
 
-def render_status(
-    status: ClusterStatus, *, cluster: str, spec: ModelSpec, counts: RimCounts, now: float = 0.0
-) -> bytes:
-    """Return the status as UTF-8 JSON; `now` is the core's time."""
+def render_status(status: ClusterStatus, *, cluster: str, spec: ModelSpec, counts: RimCounts) -> bytes:
+    """Return the status as UTF-8 JSON."""
     tree = {
         "cluster": cluster,
         "version": SOFTWARE,
@@ -59,8 +57,8 @@ def render_status(
         "frames": counts._asdict(),
         "last_error": status.last_error,
         "refusal": None if status.refusal is None else _refusal(status.refusal),
-        "events": [{"ago_s": round(now - one.at, 3), "text": one.text} for one in status.happenings],
-        "recoveries": [_recovery(recovery, now) for recovery in status.recoveries],
+        "events": [{"ago_s": round(status.now - one.at, 3), "text": one.text} for one in status.happenings],
+        "recoveries": [_recovery(recovery, status.now) for recovery in status.recoveries],
     }
     return json.dumps(tree, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 

@@ -96,7 +96,7 @@ def joined(name: str, *, budget_bytes: int = GB, phase: WorkerPhase = WorkerPhas
     return WorkerJoined(worker=WorkerId(name), role=role, public_key=name.encode().ljust(40, b"k"), hello=hello)
 
 
-def heartbeat(name: str, sequence: int = 0, *, progress: int = 0, epoch: int = 0) -> WorkerHeard:
+def heartbeat(name: str, sequence: int = 0, *, progress: int = 0, epoch: int = 0, paused: str = "") -> WorkerHeard:
     beat = Heartbeat(
         sequence=sequence,
         epoch=epoch,
@@ -105,6 +105,7 @@ def heartbeat(name: str, sequence: int = 0, *, progress: int = 0, epoch: int = 0
         resident_bytes=30,
         weight_bytes=20,
         kv_bytes=10,
+        paused=paused,
     )
     return WorkerHeard(worker=WorkerId(name), heartbeat=beat)
 

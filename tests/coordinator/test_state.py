@@ -17,7 +17,6 @@ from core_cases import (
     steps,
     stocked,
 )
-from core_world import run_world
 
 from coordinator.events import (
     DisconnectWorker,
@@ -322,25 +321,3 @@ def test_time_never_runs_backwards() -> None:
 def test_a_policy_is_checked(name: str, value: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ClusterPolicy(**{name: value})  # type: ignore[arg-type]
-
-
-# ---------------------------------------------------------------- the seeded world
-
-
-@pytest.mark.parametrize("first", range(0, 300, 50))
-def test_in_every_world_all_requests_end_and_the_cluster_serves_again(first: int) -> None:
-    for seed in range(first, first + 50):
-        try:
-            run_world(seed)
-        except AssertionError as error:
-            raise AssertionError(f"seed {seed}") from error
-
-
-def test_the_worlds_have_real_faults() -> None:
-    names = {name for seed in range(20) for _, name in run_world(seed).trace}
-    assert {"WorkerGone", "WorkerFaulted", "DisconnectWorker", "SessionFailed", "SessionEnded"} <= names
-
-
-def test_the_same_seed_gives_the_same_world() -> None:
-    assert run_world(5).trace == run_world(5).trace
-    assert run_world(5).trace != run_world(6).trace
