@@ -1,7 +1,8 @@
 """Carries out what the core and the desk decide: hands them events, sends their messages, feeds back what failed.
 
 Knows nothing of how messages arrive. Events that come up while effects are carried out wait their turn, so the core
-is never entered twice.
+is never entered twice. What clients are told stands in the token log before: all of one event's effects are written
+in one transaction, and a session that can't be written fails.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from coordinator.admission import Channel, Route
-from coordinator.desk import Act, Desk, Say
+from coordinator.desk import Act, Desk
 from coordinator.events import (
     DisconnectWorker,
     Effect,
     Event,
     PhaseChanged,
+    RequestCancelled,
+    SeatsChanged,
     SendControl,
     SendStep,
     SessionEnded,
@@ -26,11 +29,13 @@ from coordinator.events import (
     WorkerGone,
 )
 from coordinator.exchange import Exchange
-from coordinator.saved import SeatsChanged
+from coordinator.journal import Journal
 from coordinator.state import ClusterState
-from protocol.errors import InvariantBroken
+from coordinator.tickets import Say
+from coordinator.token_log import Begun, Ended, Forgotten, Grown, Record, TokenLog
+from protocol.errors import InvariantBroken, ManyhandsError
 from protocol.frames import Buffer, encode, pack_manifest
-from protocol.ids import WorkerId
+from protocol.ids import SessionId, WorkerId
 from protocol.messages import ErrorReport
 from protocol.tiles import TileEntry, TileId
 
@@ -55,15 +60,21 @@ class Actor:
         state: ClusterState,
         desk: Desk,
         exchange: Exchange,
+        log: TokenLog,
+        journal: Journal,
         entries: Mapping[TileId, TileEntry],
         clock: Callable[[], float],
+        unix_time: Callable[[], float],
         patience_s: float,
     ) -> None:
-        """`patience_s`: how long a step waits for the head's data connection."""
+        """`patience_s`: how long a step waits for the head's data connection. Both clocks in seconds."""
         self.state = state
         self.desk = desk
         self.clock = clock
         self._exchange = exchange
+        self._log = log
+        self._journal = journal
+        self._unix_time = unix_time
         self._entries = entries
         self._patience_s = patience_s
         self._todo: deque[Event] = deque()
@@ -88,23 +99,29 @@ class Actor:
         self._is_running = True
         try:
             while self._todo:
-                for effect in self.state.handle(self._todo.popleft(), self.clock()):
-                    self._carry_out(effect)
+                self._carry_out_all(self.state.handle(self._todo.popleft(), self.clock()))
         finally:
             self._is_running = False
 
     def act(self, acts: Iterable[Act]) -> None:
-        """Carry out what the desk wants, in order."""
+        """Carry out what the desk wants, in order; a request that can't be written ends there."""
         for act in acts:
-            if isinstance(act, Say):
-                self.say(act.client, act.message)
-            else:
-                self.run(act)
+            match act:
+                case Say(client, message):
+                    self.say(client, message)
+                case Begun():
+                    if error := self._write([act]).get(act.session):
+                        self._tell(SessionFailed(session=act.session, error=error))
+                        return
+                case Grown() | Ended() | Forgotten():
+                    self._write([act])
+                case _:
+                    self.run(act)
 
     def say(self, client: bytes, message: object, payload: Buffer | None = None) -> None:
-        """Send to a client; one that is gone or does not keep up loses its requests."""
+        """Send to a client; one that is gone or does not keep up is told nothing more until it comes back."""
         if not self._exchange.send(client, encode(message, payload)):
-            self.act(self.desk.client_gone(client))
+            self.desk.client_gone(client, self.clock())
 
     def send(self, routing_id: bytes, message: object, payload: Buffer | None = None) -> bool:
         """Send to a routing id and say whether it was taken."""
@@ -134,6 +151,37 @@ class Actor:
         for worker in overdue:
             self.lose(worker, "its data connection can't be reached")
 
+    def _carry_out_all(self, effects: Sequence[Effect]) -> None:
+        unwritten = self._write(self.desk.records(effects))
+        for effect in effects:
+            if not isinstance(effect, TokensCommitted | SessionEnded | SessionFailed):
+                self._carry_out(effect)
+            elif error := unwritten.get(effect.session):
+                self._tell(SessionFailed(session=effect.session, error=error))
+                self.run(RequestCancelled(session=effect.session))
+            else:
+                self._tell(effect)
+
+    def _tell(self, effect: TokensCommitted | SessionEnded | SessionFailed) -> None:
+        if isinstance(effect, SessionFailed):
+            _log.info("session %d: %s", effect.session, effect.error)
+        if isinstance(effect, TokensCommitted):
+            self.act(self.desk.committed(effect, self.clock()))
+        else:
+            self.act(self.desk.ended(effect, self.clock()))
+
+    def _write(self, records: Sequence[Record]) -> dict[SessionId, ManyhandsError]:
+        unwritten = dict(self._log.write(records, self._unix_time()))
+        for session, error in unwritten.items():
+            _log.error("session %d can't be written: %s", session, error)
+        return unwritten
+
+    def _remember(self, effect: SeatsChanged) -> None:
+        try:
+            self._journal.put_seats(effect.seats)
+        except ManyhandsError as error:  # the plan serves all the same; only the next start may choose another one
+            _log.error("the seats of the plan can't be remembered: %s", error)
+
     def _carry_out(self, effect: Effect) -> None:
         match effect:
             case SendControl():
@@ -144,15 +192,8 @@ class Actor:
                 _log.warning("worker %s: %s", effect.worker, effect.error)
                 self._forget(effect.worker)
                 self.send(self.routing_id(effect.worker, Channel.CONTROL), ErrorReport.of(effect.error))
-            case TokensCommitted():
-                self.act(self.desk.committed(effect, self.clock()))
-            case SessionEnded():
-                self.act(self.desk.ended(effect))
-            case SessionFailed():
-                _log.info("session %d: %s", effect.session, effect.error)
-                self.act(self.desk.failed(effect))
             case SeatsChanged():
-                pass
+                self._remember(effect)
             case PhaseChanged():
                 _log.info("%s (epoch %d): %s", effect.phase, effect.epoch, effect.detail)
             case _:

@@ -1,4 +1,4 @@
-"""What clients say: hello, requests, cancellations, questions about the cluster, invitations.
+"""What clients say: hello, requests, going on with them, cancellations, questions about the cluster, invitations.
 
 Knows nothing of workers. Errors are raised for the caller to tell, or told here when they come later.
 """
@@ -11,8 +11,8 @@ from concurrent.futures import Executor
 
 from coordinator.actor import Actor
 from coordinator.admission import agree_version
-from coordinator.desk import Ticket
 from coordinator.prompts import read_prompt
+from coordinator.tickets import Ticket, digest_of
 from coordinator.tokens import TextCodec
 from coordinator.worker_side import Spawn
 from protocol.errors import InvariantBroken, ManyhandsError
@@ -22,6 +22,7 @@ from protocol.messages import (
     Generate,
     Invitation,
     InviteRequest,
+    Resume,
     StatusReport,
     StatusRequest,
     Welcome,
@@ -59,16 +60,26 @@ class ClientSide:
                 agree_version(message, node="the client", own_software=SOFTWARE)
                 actor.say(client, welcome)
             case Generate():
-                ticket = actor.desk.open(client, message, actor.clock())
-                self._spawn(self._read_prompt(ticket, bytes(payload)))
+                self._generate(client, message, payload)
+            case Resume():
+                actor.act(actor.desk.resume(client, message, actor.clock()))
             case Cancel():
-                actor.act(actor.desk.cancel(client, message))
+                actor.act(actor.desk.cancel(client, message, actor.clock()))
             case StatusRequest():
                 actor.say(client, StatusReport(), self._status())
             case InviteRequest():  # the only client key is the one in this machine's state folder
                 actor.say(client, Invitation(link=self._invite(message.trusted)))
             case _:
                 raise InvariantBroken(f"the table lets clients send {type(message).__name__}, but nobody takes it")
+
+    def _generate(self, client: bytes, order: Generate, payload: memoryview) -> None:
+        desk, now, digest = self._actor.desk, self._actor.clock(), digest_of(order, payload)
+        acts = desk.repeated(client, order, digest, now)
+        if acts is not None:
+            self._actor.act(acts)
+            return
+        ticket = desk.open(client, order, digest, now)
+        self._spawn(self._read_prompt(ticket, bytes(payload)))
 
     async def _read_prompt(self, ticket: Ticket, payload: bytes) -> None:
         loop, desk = asyncio.get_running_loop(), self._actor.desk

@@ -5,6 +5,7 @@ Knows nothing of flags, files or the environment (`protocol.settings` fills it f
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from enum import StrEnum
@@ -54,7 +55,8 @@ class CoordinatorConfig:
     load_timeout_s: float = setting(60.0, "how long loading may stand still")
     step_timeout_s: float = setting(60.0, "how long a step may stand still on all workers")
     form_timeout_s: float = setting(60.0, "how long a request waits while the model can't form")
-    client_silence_s: float = setting(15.0, "silence after which a client's requests are cancelled")
+    client_silence_s: float = setting(15.0, "silence after which a client counts as gone")
+    client_return_s: float = setting(60.0, "how long a request goes on while its client is gone")
     max_sessions: int = setting(16, f"how many requests are computed at once, at most {MAX_SESSIONS}")
     max_waiting: int = setting(256, "how many more may wait; beyond, requests are refused as overloaded")
     prefill_chunk: int = setting(256, "how many prompt tokens are computed in one step")
@@ -77,6 +79,8 @@ class CoordinatorConfig:
             raise ValueError(f"advertise has {len(self.advertise)} addresses, at most {MAX_LINK_ADDRESSES} fit a link")
         for address in self.advertise:
             require_address(with_port(address, DEFAULT_PORT))
+        if not 0 <= self.client_return_s < math.inf:
+            raise ValueError(f"client_return_s {self.client_return_s} must be a number of seconds, 0 or more")
         for name in ("client_silence_s", "invite_hours"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} {getattr(self, name)} must be positive")

@@ -24,17 +24,19 @@ from coordinator.actor import Actor
 from coordinator.addresses import advertised, reachable_here
 from coordinator.client_side import ClientSide
 from coordinator.config import CoordinatorConfig, with_port
-from coordinator.desk import Desk, Say
+from coordinator.desk import Desk
 from coordinator.events import Stopping, Tick
 from coordinator.exchange import Broken, Exchange
 from coordinator.invitations import Invitations
-from coordinator.startup import Home, Model, Progress, open_model, told_progress
+from coordinator.startup import TOKENS_FILE, Home, Model, Progress, open_model, told_progress
 from coordinator.state import ClusterState
 from coordinator.status import RimCounts, render_status
 from coordinator.switchboard import Switchboard
+from coordinator.takeover import take_over
 from coordinator.tile_service import TileService
+from coordinator.token_log import TokenLog
 from coordinator.worker_side import WorkerSide
-from protocol.errors import Cancelled, InvariantBroken, ManyhandsError, Overloaded
+from protocol.errors import Cancelled, ConfigInvalid, InvariantBroken, ManyhandsError, Overloaded
 from protocol.messages import VERSION, Welcome
 from protocol.version import SOFTWARE
 
@@ -43,6 +45,7 @@ MESSAGES_A_TURN: Final = 64  # after so many without a pause, let timers and til
 PROMPT_THREADS: Final = 2
 GOODBYE_S: Final = 0.2
 STOP_GRACE_S: Final = 2.0
+SESSIONS_PER_TERM: Final = 1 << 24  # a number is never used twice: workers may still hold what they computed for it
 
 _log = logging.getLogger(__name__)
 
@@ -78,20 +81,36 @@ async def serve(config: CoordinatorConfig, stop: asyncio.Event, callbacks: Callb
     with ExitStack() as opened:
         home = Home.open(config, time.time())
         opened.callback(home.close)
-        address = with_port(config.host, config.port)
         # A rehearsal: that the port is taken should be told before minutes of hashing, not after.
-        Exchange(address, home.server_keys, home.book.knows).close()
+        Exchange(with_port(config.host, config.port), home.server_keys, home.book.knows).close()
         model = await _open_model(config, stop, callbacks.on_progress)
         tiles = TileService(model.catalogue)
         opened.callback(tiles.close)
         prompt_pool = ThreadPoolExecutor(PROMPT_THREADS, "prompt")
         opened.callback(prompt_pool.shutdown, cancel_futures=True)
-        state = ClusterState(model.spec, config.policy(), term=home.term)
-        exchange = Exchange(address, home.server_keys, home.book.knows)
+        log = TokenLog.open(home.folder / TOKENS_FILE, model.identity())
+        opened.callback(log.close)
+        exchange = _listen(config, home)
         opened.callback(exchange.close)
-        daemon = Daemon(config=config, home=home, model=model, exchange=exchange, state=state, callbacks=callbacks)
+        daemon = Daemon(config=config, home=home, model=model, exchange=exchange, log=log, callbacks=callbacks)
         daemon.connect(tiles, prompt_pool)
         await daemon.run(stop)
+
+
+def _listen(config: CoordinatorConfig, home: Home) -> Exchange:
+    """Listen; with port 0 where the last start listened, so that workers and clients find this one, if that is free."""
+    ports = [config.port] if config.port else [home.journal.port(), 0]
+    for port in ports:
+        try:
+            exchange = Exchange(with_port(config.host, port), home.server_keys, home.book.knows)
+        except ConfigInvalid as error:
+            if port == ports[-1]:
+                raise
+            _log.warning("the port of the last start can't be used again, so it will be another one: %s", error)
+        else:
+            home.journal.put_port(exchange.port)
+            return exchange
+    raise InvariantBroken("no port was tried")
 
 
 async def _open_model(config: CoordinatorConfig, stop: asyncio.Event, on_progress: Progress | None) -> Model:
@@ -114,6 +133,7 @@ async def _open_model(config: CoordinatorConfig, stop: asyncio.Event, on_progres
 
     threading.Thread(target=work, name="open-model", daemon=True).start()
     opened, stopped = asyncio.wrap_future(result), asyncio.ensure_future(stop.wait())
+    opened.add_done_callback(lambda late: late.cancelled() or late.exception())  # maybe nobody waits for it any more
     try:
         either: set[asyncio.Future[Any]] = {opened, stopped}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)  # minutes: as long as it takes
@@ -131,7 +151,7 @@ class Daemon:
     """A coordinator that has opened everything: wires the parts, and runs the loops."""
 
     def __init__(
-        self, *, config: CoordinatorConfig, home: Home, model: Model, exchange: Exchange, state: ClusterState,
+        self, *, config: CoordinatorConfig, home: Home, model: Model, exchange: Exchange, log: TokenLog,
         callbacks: Callbacks,
     ) -> None:  # fmt: skip
         self._config = config
@@ -146,11 +166,19 @@ class Daemon:
             home.journal, home.book, server_key=home.server_keys.public, addresses=self._addresses,
             good_for_s=config.invite_hours * 3600,
         )  # fmt: skip
-        desk = Desk(model.codec, eos=model.eos, client_silence_s=config.client_silence_s)
-        self._actor = Actor(
-            state=state, desk=desk, exchange=exchange, entries=model.catalogue.entries, clock=time.monotonic,
-            patience_s=config.lease_s,
+        desk = Desk(
+            model.codec, eos=model.eos, client_silence_s=config.client_silence_s,
+            client_return_s=config.client_return_s, first_session=home.term * SESSIONS_PER_TERM,
         )  # fmt: skip
+        taken = take_over(log.entries(), desk, model=model.identity(), now=time.monotonic(), unix_now=time.time())
+        state = ClusterState(
+            model.spec, config.policy(), term=home.term, seats=home.journal.seats(), saved=taken.sessions
+        )
+        self._actor = Actor(
+            state=state, desk=desk, exchange=exchange, log=log, journal=home.journal,
+            entries=model.catalogue.entries, clock=time.monotonic, unix_time=time.time, patience_s=config.lease_s,
+        )  # fmt: skip
+        self._actor.act(taken.acts)
         self._group: asyncio.TaskGroup | None = None
 
     def connect(self, tiles: TileService, prompt_pool: ThreadPoolExecutor) -> None:
@@ -252,6 +280,4 @@ class Daemon:
 
     def _hang_up(self, error: ManyhandsError) -> None:
         """Tell the clients whose requests the core has not ended itself."""
-        for act in self._actor.desk.close(error):
-            if isinstance(act, Say):
-                self._actor.send(act.client, act.message)
+        self._actor.act(self._actor.desk.close(error))

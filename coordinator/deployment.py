@@ -18,7 +18,7 @@ from coordinator.change import Depot
 from coordinator.cluster_status import LoadingStatus
 from coordinator.crew import Crew
 from coordinator.drafting import Draft, Drafter
-from coordinator.events import Effect, Phase, SendControl
+from coordinator.events import Effect, Phase, SeatsChanged, SendControl
 from coordinator.load_watch import LoadWatch
 from coordinator.loads import Loads, Serving, holders, make_loads
 from coordinator.planner import PlanRequest
@@ -27,7 +27,6 @@ from coordinator.reach import ReachBook
 from coordinator.readiness import Readiness, make_ready
 from coordinator.registry import Registry
 from coordinator.renewal import Renewal
-from coordinator.saved import SeatsChanged
 from coordinator.seating import Seats
 from coordinator.service import Service
 from coordinator.story import Story

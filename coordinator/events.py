@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from coordinator.saved import SeatsChanged
 from protocol.batches import Sampling
 from protocol.errors import ManyhandsError
 from protocol.ids import SessionId, WorkerId
@@ -278,6 +277,16 @@ class SessionFailed:
 
     session: SessionId
     error: ManyhandsError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeatsChanged:
+    """A plan serves; `seats` are its workers in the order of its shares, for the next start to find again.
+
+    None: a share that nobody has at the moment.
+    """
+
+    seats: tuple[WorkerId | None, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

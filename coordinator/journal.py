@@ -27,7 +27,7 @@ MIGRATIONS = (
     CREATE TABLE clients (public_key BLOB NOT NULL UNIQUE, name TEXT PRIMARY KEY);
     """,
     """
-    CREATE TABLE seats (place INTEGER PRIMARY KEY, worker TEXT NOT NULL);
+    CREATE TABLE seats (place INTEGER PRIMARY KEY, worker TEXT);
     CREATE TABLE listener (id INTEGER PRIMARY KEY CHECK (id = 1), port INTEGER NOT NULL);
     """,
 )
@@ -119,14 +119,14 @@ class Journal:
         with self._database.transaction() as db:
             return db.execute("DELETE FROM tokens WHERE expires_at_s < ?", (before_s,)).rowcount
 
-    def seats(self) -> tuple[WorkerId, ...]:
-        """Return who sat where under the last plan that was ready; empty when there was none."""
+    def seats(self) -> tuple[WorkerId | None, ...]:
+        """Return who sat where under the last plan that was ready (None: nobody); empty when there was none."""
         rows = self._database.rows("SELECT worker FROM seats ORDER BY place")
         with self._database.told():
-            return tuple(worker_id(name) for (name,) in rows)
+            return tuple(None if name is None else worker_id(name) for (name,) in rows)
 
-    def put_seats(self, seats: Sequence[WorkerId]) -> None:
-        """Remember the workers of a plan in the order of its shares."""
+    def put_seats(self, seats: Sequence[WorkerId | None]) -> None:
+        """Remember who sits where under a plan."""
         with self._database.transaction() as db:
             db.execute("DELETE FROM seats")
             db.executemany("INSERT INTO seats VALUES (?, ?)", enumerate(seats))

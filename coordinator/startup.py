@@ -5,14 +5,17 @@ Knows nothing of the network. Everything here blocks; hashing a large model take
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
+
+import msgpack
 
 from coordinator.admission import AccessBook
 from coordinator.catalogue import Catalogue
@@ -23,10 +26,12 @@ from coordinator.journal import Journal
 from coordinator.model_folder import find_model_folder
 from coordinator.tokens import TextCodec
 from protocol.errors import ConfigInvalid, StorageFull, TokenizerMissing
+from protocol.schema import pack
 from protocol.security import KeyPair, Link, load_or_create_keypair, write_private
 from protocol.specs import ModelSpec
 
 JOURNAL_FILE: Final = "journal.db"
+TOKENS_FILE: Final = "tokens.db"
 SERVER_KEY_FILE: Final = "server.key"
 CLIENT_KEY_FILE: Final = "client.key"
 CLIENT_LINK_FILE: Final = "client.link"
@@ -101,6 +106,13 @@ class Model:
     eos: frozenset[int]
     codec: TextCodec | None
     catalogue: Catalogue
+
+    def identity(self) -> bytes:
+        """Return a digest of weights and formats: sessions go on over a restart only under the same."""
+        digest = hashlib.sha256(msgpack.packb(pack(replace(self.spec, name="any"))))
+        for entry in self.catalogue.entries.values():
+            digest.update(entry.digest)
+        return digest.digest()
 
 
 def open_model(config: CoordinatorConfig, progress: Progress) -> Model:

@@ -16,7 +16,7 @@ from coordinator.client_side import ClientSide
 from coordinator.worker_side import WorkerSide
 from protocol.errors import AccessRefused, FrameMalformed, InvariantBroken, ManyhandsError, ProtocolViolation
 from protocol.frames import Received, decode
-from protocol.messages import Enroll, ErrorReport, Generate, Relay, TileRequest, Welcome
+from protocol.messages import Enroll, ErrorReport, Generate, Relay, Resume, TileRequest, Welcome
 from protocol.transport import Envelope
 
 _log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class Switchboard:
         self.complaints.refusals += isinstance(error, AccessRefused)
         if self.complaints.violations + self.complaints.refusals <= MAX_COMPLAINTS:
             _log.warning("from %r: %s", envelope.routing_id[:80], error)
-        request = message.request if isinstance(message, Generate) else ""
+        request = message.request if isinstance(message, Generate | Resume) else ""
         digest = message.digest if isinstance(message, TileRequest) else b""
         # To the sender's own connection. If it is gone there is nobody to tell.
         self._actor.send(envelope.routing_id, ErrorReport.of(error, request=request, digest=digest))

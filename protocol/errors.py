@@ -7,6 +7,7 @@ Knows nothing of sockets: an error travels as an `ErrorReport` message and becom
     │   ├── ConfigInvalid           a flag, environment variable or configuration file
     │   ├── LinkInvalid             a join or client link that can't be read
     │   ├── RequestInvalid          a prompt or sampling value
+    │   │   ├── RequestUnknown      a request to go on with that nobody remembers
     │   │   └── PromptTooLong       prompt and max_tokens don't fit the context
     │   ├── ModelUnsupported        architecture or config field we don't compute
     │   ├── CheckpointInvalid       missing, misshapen, truncated or altered model file
@@ -25,7 +26,7 @@ Knows nothing of sockets: an error travels as an `ErrorReport` message and becom
         ├── PeerLost                a worker vanished, froze or left
         ├── CoordinatorLost         the coordinator does not answer
         ├── CoordinatorStale        a coordinator that was replaced, and does not know
-        ├── SessionLost             a session's state is gone from a worker
+        ├── SessionLost             a session's state is gone, and can't be computed again
         ├── StepFailed              a worker could not compute a step
         ├── TileUnavailable         a tile can't be had, or arrives altered again and again
         ├── Overloaded              try again later: queue or memory full, or the model is still forming
@@ -85,6 +86,13 @@ class RequestInvalid(LocalError):
     """A prompt or a sampling value is unusable."""
 
     code = "request-invalid"
+
+
+class RequestUnknown(RequestInvalid):
+    """A request that was to go on is not known: it ended long ago, or was never here."""
+
+    code = "request-unknown"
+    default_remedy = "ask again; ended requests are remembered for ten minutes"
 
 
 class PromptTooLong(RequestInvalid):
@@ -215,7 +223,7 @@ class CoordinatorStale(RemoteError):
 
 
 class SessionLost(RemoteError):
-    """A session's state is gone from a worker."""
+    """A session's state is gone, from a worker or for the coordinator, and it can't go on as it was."""
 
     code = "session-lost"
     can_retry = True

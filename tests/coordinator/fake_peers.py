@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import secrets
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,16 +96,22 @@ class FakeClient(Dealer):
         await self.send(InviteRequest(trusted=trusted))
         return Link.parse((await self.expect(Invitation)).link)
 
-    async def ask(self, text: str, name: str = "r", max_tokens: int = 8, **more: Any) -> None:
+    async def ask(self, text: str, name: str = "", max_tokens: int = 8, **more: Any) -> RequestId:
+        """Ask, under a fresh name when none is given; returns the name."""
+        name = name or secrets.token_hex(8)
         order = Generate(
             request=RequestId(name), prompt_kind=PromptKind.TEXT, max_tokens=max_tokens, sampling=Sampling(), **more
         )
         await self.send(order, text.encode())
+        return order.request
 
 
 @dataclass(eq=False)
 class FakeWorker:
-    """A worker that loads at once and answers every step with the next byte of `script`."""
+    """A worker that loads at once and answers every step with the next byte of `script`.
+
+    `by_position`: with the one of the position, so that the answer depends on nothing else, as that of a model.
+    """
 
     name: str
     keys: KeyPair
@@ -114,6 +121,7 @@ class FakeWorker:
     script: bytes
     gate: asyncio.Event  # steps are answered while it is set
     can_reach: Callable[[str], bool]
+    by_position: bool = False
     epoch: int = 0
     phase: WorkerPhase = WorkerPhase.IDLE
     manifest: tuple[TileEntry, ...] = ()
@@ -187,7 +195,7 @@ class FakeWorker:
             tokens = []
             for rows in message.rows:
                 if rows.sample:
-                    at = said.get(rows.session, 0)
+                    at = rows.start + rows.count if self.by_position else said.get(rows.session, 0)
                     said[rows.session] = at + 1
                     token = self.script[at % len(self.script)]
                     tokens.append(SampledToken(session=rows.session, token=token, logprob=-1.0))
@@ -211,6 +219,10 @@ class Cluster:
     def client_link(self) -> Link:
         return Link.parse(self.ready.client_link)
 
+    @property
+    def port(self) -> int:
+        return int(self.client_link.addresses[0].rpartition(":")[2])
+
     async def client(self) -> FakeClient:
         name = b"client-%d" % next(self.numbers)  # a ROUTER is deaf to a second peer of the same routing id
         client = FakeClient(self.context, self.client_link, self.client_link.keys, name)
@@ -231,7 +243,14 @@ class Cluster:
         return worker, keys
 
     async def worker(
-        self, name: str, *, trusted: bool = False, script: bytes = b"hello", can_reach: bool = True, nonce: str = ""
+        self,
+        name: str,
+        *,
+        trusted: bool = False,
+        script: bytes = b"hello",
+        can_reach: bool = True,
+        nonce: str = "",
+        by_position: bool = False,
     ) -> FakeWorker:
         """Invite, enrol and start a worker."""
         client = FakeClient(self.context, self.client_link, self.client_link.keys, b"inviter-" + name.encode())
@@ -243,7 +262,7 @@ class Cluster:
         )
         gate = asyncio.Event()
         gate.set()
-        fake = FakeWorker(worker, keys, control, data, bulk, script, gate, lambda peer: can_reach)
+        fake = FakeWorker(worker, keys, control, data, bulk, script, gate, lambda peer: can_reach, by_position)
         self.workers.append(fake)
         await fake.start(self.config.heartbeat_s)
         return fake
@@ -251,6 +270,11 @@ class Cluster:
     async def end(self) -> None:
         self.stop.set()
         await asyncio.wait_for(self.task, DEADLINE_S)
+
+    async def crash(self) -> None:
+        """End without any of what stopping does: nobody is told, nothing is ended in the token log."""
+        self.task.cancel()
+        await asyncio.wait({self.task}, timeout=DEADLINE_S)
 
 
 @contextlib.asynccontextmanager

@@ -10,15 +10,17 @@ import os
 import stat
 import threading
 from pathlib import Path
+from sqlite3 import Connection
 
 import msgpack
 import psutil
 import pytest
 
-from coordinator.config import CoordinatorConfig
+from coordinator.config import CoordinatorConfig, Dtype
 from coordinator.daemon import serve
 from coordinator.startup import CLIENT_LINK_FILE, READY_FILE
-from protocol.errors import Cancelled, ConfigInvalid
+from coordinator.token_log import Begun, Grown, Record, TokenLog
+from protocol.errors import Cancelled, ConfigInvalid, StorageFull
 from protocol.frames import encode
 from protocol.ids import RequestId, WorkerId
 from protocol.messages import (
@@ -34,6 +36,7 @@ from protocol.messages import (
     Piece,
     Relay,
     Release,
+    Resume,
     StatusReport,
     StatusRequest,
     StepDone,
@@ -203,9 +206,9 @@ async def test_cancel_ends_the_session_everywhere(model: Path, tmp_path: Path) -
         head = await cluster.worker("desk", trusted=True)
         head.gate.clear()
         client = await cluster.client()
-        await client.ask("hi", max_tokens=100)
+        name = await client.ask("hi", max_tokens=100)
         await asyncio.wait_for(head.step_seen.wait(), 20)
-        await client.send(Cancel(request=RequestId("r")))
+        await client.send(Cancel(request=name))
         assert (await client.expect(Finished)).reason is FinishReason.CANCELLED
         head.gate.set()
         report = await status(client)
@@ -230,20 +233,169 @@ async def test_an_answer_outlives_the_worker_that_computed_it(model: Path, tmp_p
         assert text.startswith("hello")
 
 
-async def test_a_client_that_vanishes_or_falls_silent_is_cancelled(model: Path, tmp_path: Path) -> None:
-    async with running(model, tmp_path, client_silence_s=0.5) as cluster:
+async def test_a_client_that_vanishes_or_falls_silent_is_given_up(model: Path, tmp_path: Path) -> None:
+    async with running(model, tmp_path, client_silence_s=0.4, client_return_s=0.2) as cluster:
         head = await cluster.worker("desk", trusted=True)
         head.gate.clear()
         gone, quiet, watch = await cluster.client(), await cluster.client(), await cluster.client()
         await gone.ask("hi", max_tokens=100)
-        await quiet.ask("hi", max_tokens=100)
+        name = await quiet.ask("hi", max_tokens=100)
         await asyncio.wait_for(head.step_seen.wait(), 20)
         gone.socket.close()
-        error = await quiet.expect(ErrorReport)
-        assert (error.code, error.request) == ("cancelled", "r")
         while (report := await status(watch))["sessions"] != {"running": 0, "waiting": 0}:
             pass
         assert report["totals"]["requests"] == 2  # type: ignore[index]
+        await quiet.send(Resume(request=name, tokens=0, chars=0))
+        error = await quiet.expect(ErrorReport)
+        assert (error.code, error.request) == ("cancelled", name)
+
+
+async def read(client: FakeClient, num_chars: int) -> str:
+    text = ""
+    while len(text) < num_chars:
+        text += (await client.expect(Piece)).text
+    return text
+
+
+async def test_a_client_goes_on_over_another_connection(model: Path, tmp_path: Path) -> None:
+    async with running(model, tmp_path) as cluster:
+        head = await cluster.worker("desk", trusted=True)
+        client = await cluster.client()
+        name = await client.ask("hi", max_tokens=30)
+        text = await read(client, 3)
+        head.gate.clear()
+        client.socket.close()
+        back = await cluster.client()
+        await back.send(Resume(request=name, tokens=3, chars=3))
+        assert (await back.expect(Accepted)).prompt_tokens == 2
+        head.gate.set()
+        rest, finished = await answer(back)
+        assert text + rest == "hello" * 6 and finished.usage.completion_tokens == 30
+
+
+async def test_the_same_request_twice_is_computed_once(model: Path, tmp_path: Path) -> None:
+    async with running(model, tmp_path) as cluster:
+        head = await cluster.worker("desk", trusted=True)
+        head.gate.clear()
+        clients = [await cluster.client() for _ in range(3)]
+        for client in clients[:2]:
+            await client.ask("hi", name="my-key", max_tokens=5)
+        await asyncio.wait_for(head.step_seen.wait(), 20)
+        head.gate.set()
+        for client in clients[:2]:
+            assert (await answer(client))[0] == "hello"
+        await clients[2].ask("hi", name="my-key", max_tokens=5)
+        assert (await answer(clients[2]))[0] == "hello"
+        assert (await status(clients[2]))["totals"]["requests"] == 1  # type: ignore[index]
+        await clients[2].ask("ho", name="my-key", max_tokens=5)
+        assert "something else before" in (await clients[2].expect(ErrorReport)).text
+        await clients[2].send(Resume(request=RequestId("nobody's"), tokens=1, chars=1))
+        error = await clients[2].expect(ErrorReport)
+        assert (error.code, error.request) == ("request-unknown", "nobody's")
+
+
+# ---------------------------------------------------------------- over a restart
+
+SCRIPT = b"abcdefghijklmnopqrstuvwxyz"
+
+
+async def test_a_stream_goes_on_after_a_crash(model: Path, tmp_path: Path) -> None:
+    text, more = "", {"max_tokens": 40, "stop": ("never",)}
+    async with running(model, tmp_path) as cluster:
+        port, head = cluster.port, await cluster.worker("desk", trusted=True, script=SCRIPT, by_position=True)
+        client = await cluster.client()
+        await client.ask("hi", name="done", max_tokens=4)
+        await answer(client)
+        await client.ask("hi", name="r", **more)  # type: ignore[arg-type]
+        text = await read(client, 5)
+        head.gate.clear()
+        await cluster.crash()
+    async with running(model, tmp_path, return_s=0.1) as cluster:
+        assert cluster.port == port
+        await cluster.worker("spare", trusted=True, script=SCRIPT, by_position=True)
+        client = await cluster.client()
+        await client.send(Resume(request=RequestId("r"), tokens=len(text), chars=len(text)))
+        rest, finished = await answer(client)
+        assert text + rest == "".join(chr(SCRIPT[(2 + index) % 26]) for index in range(40))
+        assert finished.usage.completion_tokens == 40
+        await client.ask("hi", name="done", max_tokens=4)
+        assert (await answer(client))[0] == "cdef"
+        assert (await status(client))["totals"]["requests"] == 0  # type: ignore[index]
+
+
+async def test_after_a_crash_with_another_model_requests_end(model: Path, tmp_path: Path) -> None:
+    async with running(model, tmp_path) as cluster:
+        client = await cluster.client()
+        await client.ask("hi", name="r")
+        await client.expect(Accepted)
+        await cluster.crash()
+    async with running(model, tmp_path, dtype=Dtype.BFLOAT16) as cluster:
+        client = await cluster.client()
+        await client.send(Resume(request=RequestId("r"), tokens=0, chars=0))
+        error = await client.expect(ErrorReport)
+        assert error.code == "session-lost" and "another model" in error.text
+
+
+async def test_what_was_ended_by_a_stop_or_a_bug_is_not_begun_again(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for way in ("stop", "bug"):
+        async with running(model, tmp_path) as cluster:
+            client = await cluster.client()
+            await client.ask("hi", name=way)
+            await client.expect(Accepted)
+            with monkeypatch.context() as broken:
+                if way == "stop":
+                    await cluster.end()
+                else:
+                    broken.setattr("coordinator.state.ClusterState.handle", lambda *_: 1 / 0)
+                    await asyncio.wait({cluster.task}, timeout=20)
+    async with running(model, tmp_path) as cluster:
+        client = await cluster.client()
+        for way, code in (("stop", "overloaded"), ("bug", "invariant-broken")):
+            await client.send(Resume(request=RequestId(way), tokens=0, chars=0))
+            assert (await client.expect(ErrorReport)).code == code
+        assert (await status(client))["sessions"] == {"running": 0, "waiting": 0}
+
+
+async def test_what_can_not_be_written_is_not_shown_and_harms_nobody_else(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = TokenLog._put
+
+    def full_for_long_ones(log: TokenLog, db: Connection, record: Record, now: float) -> None:
+        if (isinstance(record, Grown) and record.start >= 20) or (
+            isinstance(record, Begun) and "late" in record.order.request
+        ):
+            raise StorageFull("tokens.db: no room")
+        put(log, db, record, now)
+
+    monkeypatch.setattr(TokenLog, "_put", full_for_long_ones)
+    async with running(model, tmp_path) as cluster:
+        await cluster.worker("desk", trusted=True)
+        long, short = await cluster.client(), await cluster.client()
+        name = await long.ask("hi", max_tokens=100)
+        await short.ask("hi", max_tokens=15)
+        assert await read(long, 20) == "hello" * 4
+        assert (await long.expect(ErrorReport)).code == "storage-full"
+        assert (await answer(short))[0] == "hello" * 3
+        await long.ask("hi", name="late")
+        assert (await long.expect(ErrorReport)).code == "storage-full"
+        assert (await ask_one(cluster, max_tokens=5))[0] == "hello"
+        report = await status(short)
+        assert report["sessions"] == {"running": 0, "waiting": 0}
+        await short.send(Resume(request=name, tokens=20, chars=20))
+        assert (await short.expect(ErrorReport)).code == "storage-full"
+
+
+async def test_the_last_port_is_taken_by_somebody_else(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(model, tmp_path / "one") as cluster:
+        port = cluster.port
+    async with running(model, tmp_path / "two", port=port), running(model, tmp_path / "one") as cluster:
+        assert cluster.port != port
+        assert "the port of the last start can't be used again" in caplog.text
 
 
 async def test_a_head_without_its_data_connection_is_given_up(model: Path, tmp_path: Path) -> None:
@@ -460,12 +612,12 @@ async def test_stopping_tells_everybody_and_leaves_nothing(model: Path, tmp_path
         head = await cluster.worker("desk", trusted=True)
         head.gate.clear()
         client = await cluster.client()
-        await client.ask("hi", max_tokens=100)
+        name = await client.ask("hi", max_tokens=100)
         await asyncio.wait_for(head.step_seen.wait(), 20)
         told = asyncio.create_task(client.expect(ErrorReport))  # what is not read when the connection ends is lost
         await cluster.end()
         error = await told
-        assert (error.code, error.request) == ("overloaded", "r") and "stopping" in error.text
+        assert (error.code, error.request) == ("overloaded", name) and "stopping" in error.text
         await asyncio.wait_for(head.unloaded.wait(), 20)
         assert not (tmp_path / READY_FILE).exists()
         assert link_file.exists()

@@ -30,8 +30,8 @@ def test_everything_survives_a_restart(tmp_path: Path) -> None:
     journal.put_client("local", b"c" * 40)
     journal.record(Enrolment(pin=PIN, token=SPENT, is_repeat=False))
     assert (journal.seats(), journal.port()) == ((), 0)
-    for seats in (("pi", "desk", "pad"), ("pad", "pi")):
-        journal.put_seats([WorkerId(worker) for worker in seats])
+    for seats in ([WorkerId("pi"), WorkerId("desk"), WorkerId("pad")], [WorkerId("pad"), None, WorkerId("pi")]):
+        journal.put_seats(seats)
     for port in (7411, 40_001):
         journal.put_port(port)
     journal.close()
@@ -40,7 +40,7 @@ def test_everything_survives_a_restart(tmp_path: Path) -> None:
     assert again.pins() == [PIN]
     assert again.tokens() == [SPENT]
     assert again.clients() == [b"c" * 40]
-    assert (again.seats(), again.port()) == (("pad", "pi"), 40_001)
+    assert (again.seats(), again.port()) == (("pad", None, "pi"), 40_001)
     again.close()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
