@@ -26,6 +26,8 @@ from protocol.errors import (
     PlanImpossible,
     PromptTooLong,
     RequestInvalid,
+    RequestUnknown,
+    SessionLost,
     StepFailed,
     StorageFailed,
     StorageFull,
@@ -33,7 +35,7 @@ from protocol.errors import (
     TokenizerMissing,
     VersionMismatch,
 )
-from protocol.messages import FinishReason, Timings, Usage
+from protocol.messages import FinishReason, Leg, Timings, Usage
 from protocol.version import release
 
 __version__ = release()
@@ -52,6 +54,7 @@ __all__ = [
     "FinishReason",
     "Generation",
     "GenerationStream",
+    "Leg",
     "LinkInvalid",
     "LocalCluster",
     "ManyhandsError",
@@ -63,6 +66,8 @@ __all__ = [
     "PlanImpossible",
     "PromptTooLong",
     "RequestInvalid",
+    "RequestUnknown",
+    "SessionLost",
     "StepFailed",
     "StorageFailed",
     "StorageFull",

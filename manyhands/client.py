@@ -1,19 +1,21 @@
 """The asynchronous client: ask a cluster to generate text, follow the stream, look at the cluster, invite workers.
 
-Knows nothing of sockets (`manyhands.connection`) or of the protocol's states (`manyhands.conversation`).
+Knows nothing of sockets (`manyhands.line`) or of the protocol's states (`manyhands.conversation`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
+import math
 import os
+import secrets
 from types import TracebackType
 from typing import Literal, Self, Unpack, overload
 
-from manyhands.connection import Connection, Status
+from manyhands.connection import Status
 from manyhands.home import find_link
+from manyhands.line import Line
 from manyhands.mailbox import Mailbox
 from manyhands.options import Messages, OptionFields, Options, Order, Prompt, chat_order, completion_order
 from manyhands.results import Generation, Piece
@@ -29,8 +31,8 @@ class AsyncGenerationStream:
     the workers. `result` is the whole answer, after the last piece.
     """
 
-    def __init__(self, connection: Connection, request: RequestId, mailbox: Mailbox) -> None:
-        self._connection = connection
+    def __init__(self, line: Line, request: RequestId, mailbox: Mailbox) -> None:
+        self._line = line
         self._request = request
         self._mailbox = mailbox
         self._loop = asyncio.get_running_loop()
@@ -44,7 +46,7 @@ class AsyncGenerationStream:
 
     @property
     def waits_for(self) -> str:
-        """What the coordinator says this request waits for; empty while tokens flow."""
+        """What this request waits for: as the coordinator says, or for a connection; empty while tokens flow."""
         return self._mailbox.waits_for
 
     def __aiter__(self) -> Self:
@@ -66,7 +68,7 @@ class AsyncGenerationStream:
 
     async def aclose(self) -> None:
         """Stop the work, if any is left; safe to call twice."""
-        self._connection.abandon(self._request)
+        self._line.abandon(self._request)
 
     async def __aenter__(self) -> Self:
         return self
@@ -78,7 +80,7 @@ class AsyncGenerationStream:
         # A `break` out of `async for` leaves the stream to the garbage collector, maybe in another thread.
         if self._mailbox.end is None:
             with contextlib.suppress(RuntimeError):  # the loop is closed, and with it the connection
-                self._loop.call_soon_threadsafe(self._connection.abandon, self._request)
+                self._loop.call_soon_threadsafe(self._line.abandon, self._request)
 
 
 class AsyncClient:
@@ -86,19 +88,23 @@ class AsyncClient:
 
     `link`: a client link, or None for $MANYHANDS_LINK or the coordinator of this machine. `timeout_s`: how long the
     coordinator may be silent; while it lives it says what a request waits for, so this does not bound the answer.
+    `reconnect_s`: when the connection is lost, how long to try for another one before open requests fail; they go on
+    where they stopped, each token is seen once, and `waits_for` says so meanwhile. 0: they fail at once.
 
     Every method raises CoordinatorLost when nobody answers, AccessRefused when the link's key is not admitted, and
     the typed error that the coordinator reports. Use it in one event loop, as `async with AsyncClient() as client`.
     """
 
-    def __init__(self, link: str | Link | None = None, timeout_s: float = 10.0) -> None:
+    def __init__(self, link: str | Link | None = None, timeout_s: float = 10.0, reconnect_s: float = 60.0) -> None:
         if not timeout_s > 0:
             raise RequestInvalid(f"timeout_s {timeout_s} must be positive")
+        if not 0 <= reconnect_s < math.inf:
+            raise RequestInvalid(f"reconnect_s {reconnect_s} must be a number of seconds, 0 or more")
         self._link = find_link(link, os.environ)
         self._timeout_s = timeout_s
-        self._connection: Connection | None = None
+        self._reconnect_s = reconnect_s
+        self._line: Line | None = None
         self._dialling = asyncio.Lock()
-        self._numbers = itertools.count(1)
 
     @overload
     async def generate(
@@ -118,7 +124,8 @@ class AsyncClient:
         Returns the whole answer, or with `stream` an iterator over its pieces. Cancelling the task stops the work.
         Raises RequestInvalid for a bad value, PeerLost when a worker vanishes, Overloaded when the queue is full.
         """
-        return await self._submit(completion_order(self._new_name(), prompt, Options(**options)), stream)
+        checked = Options(**options)
+        return await self._submit(completion_order(_name(checked), prompt, checked), stream)
 
     @overload
     async def chat(
@@ -137,7 +144,8 @@ class AsyncClient:
 
         Otherwise as `generate`.
         """
-        return await self._submit(chat_order(self._new_name(), messages, Options(**options)), stream)
+        checked = Options(**options)
+        return await self._submit(chat_order(_name(checked), messages, checked), stream)
 
     async def status(self) -> Status:
         """Return what the cluster looks like: phase, model, plan, workers, sessions (keys in ARCHITECTURE.md)."""
@@ -149,9 +157,9 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Stop what is running and hang up; a later request dials again."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            await connection.close()
+        line, self._line = self._line, None
+        if line is not None:
+            await line.close()
 
     async def __aenter__(self) -> Self:
         await self._connected()
@@ -163,23 +171,25 @@ class AsyncClient:
         await self.close()
 
     async def _submit(self, order: Order, stream: bool) -> Generation | AsyncGenerationStream:
-        connection = await self._connected()
-        mailbox = connection.submit(order)
+        line = await self._connected()
+        mailbox = line.submit(order)
         request = order.message.request
         if stream:
-            return AsyncGenerationStream(connection, request, mailbox)
+            return AsyncGenerationStream(line, request, mailbox)
         try:
             return await mailbox.result()
         finally:
-            connection.abandon(request)  # only does something when we leave early
+            line.abandon(request)  # only does something when we leave early
 
-    async def _connected(self) -> Connection:
+    async def _connected(self) -> Line:
         async with self._dialling:
-            if self._connection is not None and not self._connection.is_open:
+            if self._line is not None and not self._line.is_open:
                 await self.close()
-            if self._connection is None:
-                self._connection = await Connection.open(self._link, self._timeout_s)
-            return self._connection
+            if self._line is None:
+                self._line = await Line.open(self._link, self._timeout_s, self._reconnect_s)
+            return self._line
 
-    def _new_name(self) -> RequestId:
-        return RequestId(f"r{next(self._numbers)}")
+
+def _name(options: Options) -> RequestId:
+    """Return the name of a request; a fresh one is so random that nobody else gives it."""
+    return RequestId(options.request or secrets.token_hex(16))

@@ -5,6 +5,7 @@ Knows nothing of flags, files or the environment; `protocol.settings` fills thes
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from manyhands.options import OptionFields, Options
@@ -17,6 +18,7 @@ class ClientConfig:
 
     link: str = setting("", "client link; default: the coordinator of this machine", secret=True)
     timeout_s: float = setting(10.0, "seconds that the coordinator may be silent")
+    reconnect_s: float = setting(60.0, "seconds to try for another connection when one is lost; 0: none")
     max_tokens: int = setting(256, "longest answer, in tokens")
     temperature: float = setting(0.0, "0 takes the likeliest token each time; higher is more random")
     top_p: float = setting(1.0, "sample from the likeliest tokens that sum up to this probability")
@@ -29,6 +31,8 @@ class ClientConfig:
     def __post_init__(self) -> None:
         if not self.timeout_s > 0:
             raise ValueError(f"timeout_s {self.timeout_s} must be positive")
+        if not 0 <= self.reconnect_s < math.inf:
+            raise ValueError(f"reconnect_s {self.reconnect_s} must be a number of seconds, 0 or more")
 
     def options(self) -> OptionFields:
         """Return the part that says how an answer is made; raises RequestInvalid for a bad value."""

@@ -19,6 +19,7 @@ from protocol.messages import MAX_PROMPT_BYTES, Generate, PromptKind
 MAX_TOKENS = 2**31 - 1
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
+MAX_NAME_LENGTH = 64
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, str]]
@@ -36,6 +37,7 @@ class OptionFields(TypedDict, total=False):
     seed: int
     stop: str | Sequence[str]
     ignore_eos: bool
+    request: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +45,10 @@ class Options:
     """How an answer is made.
 
     `temperature` 0 takes the likeliest token each time. `top_k` 0, `top_p` 1 and `min_p` 0 switch these filters off.
-    The same seed gives the same tokens. The text ends before the first of the `stop` strings. Raises RequestInvalid
-    naming the value.
+    The same seed gives the same tokens. The text ends before the first of the `stop` strings.
+
+    `request` names the request, for who may ask twice: the same name is the same request, computed once, whoever says
+    it until ten minutes after its end; "": a fresh name. Raises RequestInvalid naming the value.
     """
 
     max_tokens: int = 128
@@ -56,6 +60,7 @@ class Options:
     seed: int = 0
     stop: str | Sequence[str] = ()
     ignore_eos: bool = False
+    request: str = ""
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "top_k", "seed"):
@@ -68,6 +73,10 @@ class Options:
         for stop in self.stops:
             fits = isinstance(stop, str) and 1 <= len(stop) <= MAX_STOP_LENGTH
             _require(fits, f"stop string {stop!r:.80} must be text of 1 to {MAX_STOP_LENGTH} characters")
+        _require(isinstance(self.request, str), f"request must be text, not {self.request!r:.80}")
+        size = len(self.request)
+        _require(size <= MAX_NAME_LENGTH, f"request has {size} characters, more than {MAX_NAME_LENGTH}")
+        _utf8(self.request, "request's name")
         self.sampling()
 
     @property

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from protocol.messages import FinishReason, Timings, Usage
+from protocol.messages import FinishReason, Leg, Timings, Usage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,13 +24,17 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """A finished answer: its text, its tokens, why it ended, and what it cost."""
+    """A finished answer: its text, its tokens, why it ended, what it cost, and who computed it.
+
+    `legs`: one for each plan that it was computed under, the latest 64 at most; several when workers came or went.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     usage: Usage
     timings: Timings
+    legs: tuple[Leg, ...] = ()
 
     @property
     def tokens_per_second(self) -> float:

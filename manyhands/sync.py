@@ -71,7 +71,7 @@ class GenerationStream:
 
     @property
     def waits_for(self) -> str:
-        """What the coordinator says this request waits for; empty while tokens flow."""
+        """What this request waits for: as the coordinator says, or for a connection; empty while tokens flow."""
         return self._stream.waits_for
 
     def __iter__(self) -> Self:
@@ -103,8 +103,8 @@ class Client:
     It may be shared by threads. Use it as `with Client() as client`.
     """
 
-    def __init__(self, link: str | Link | None = None, timeout_s: float = 10.0) -> None:
-        self._client = AsyncClient(link, timeout_s)
+    def __init__(self, link: str | Link | None = None, timeout_s: float = 10.0, reconnect_s: float = 60.0) -> None:
+        self._client = AsyncClient(link, timeout_s, reconnect_s)
         self._loop = LoopThread()
         # Also when the client is dropped or the interpreter ends: no thread and no request is left behind.
         self._end = weakref.finalize(self, lambda loop, client: loop.close(client.close()), self._loop, self._client)

@@ -44,7 +44,7 @@ def run(prompt: str | None, as_json: bool, stats: bool, **given: Any) -> None:
 
 
 async def _ask(config: ClientConfig, prompt: str, *, as_json: bool, stats: bool) -> None:
-    async with AsyncClient(config.link or None, config.timeout_s) as client:
+    async with AsyncClient(config.link or None, config.timeout_s, config.reconnect_s) as client:
         stream = await client.generate(prompt, stream=True, **config.options())
         with WaitNote() as note:
             answer = await follow(stream, _drop if as_json else _write, note.say)

@@ -52,7 +52,7 @@ def run(system: str | None, **given: Any) -> None:
 
 
 async def _greet(config: ClientConfig) -> AsyncClient:
-    return await AsyncClient(config.link or None, config.timeout_s).__aenter__()
+    return await AsyncClient(config.link or None, config.timeout_s, config.reconnect_s).__aenter__()
 
 
 def _talk(runner: asyncio.Runner, client: AsyncClient, config: ClientConfig, beginning: list[Message]) -> None:

@@ -13,6 +13,7 @@ import zmq
 import zmq.asyncio
 
 from protocol import messages
+from protocol.errors import RequestUnknown
 from protocol.frames import Buffer, decode, encode
 from protocol.ids import SessionId
 from protocol.messages import (
@@ -24,6 +25,7 @@ from protocol.messages import (
     Generate,
     Invitation,
     InviteRequest,
+    Resume,
     StatusReport,
     StatusRequest,
     Timings,
@@ -49,14 +51,20 @@ class FakeCoordinator:
         self.payloads: list[bytes] = []
         self.peers: list[bytes] = []
         self.on_generate: Answer = speak("hello")
+        self.on_resume: Answer = refuse(RequestUnknown("never heard of it"))
         self.answers_status = True
         self.status: dict[str, Any] = {"phase": "ready"}
         self.greets = True
         self.arrived = asyncio.Event()
+        self.address = "tcp://127.0.0.1:0"
+        self.start()
+
+    def start(self) -> None:
+        """Listen, after `close` at the same address again."""
         self._context = zmq.asyncio.Context()
         self._gate = Gate(self._context, lambda key: key == self.client_keys.public)
         self._gate.start()
-        self._router, self.address = bind_router(self._context, self.keys, "tcp://127.0.0.1:0", MAX_BYTES)
+        self._router, self.address = bind_router(self._context, self.keys, self.address, MAX_BYTES)
         self._task = asyncio.create_task(self._serve())
 
     @property
@@ -109,6 +117,8 @@ class FakeCoordinator:
                 self.say(to, Invitation(link=f"a link, trusted {message.trusted}"))
             case Cancel():
                 self.say(to, finished(message.request, FinishReason.CANCELLED, 0))
+            case Resume():
+                self.on_resume(self, to, message, payload)
             case Generate():
                 self.on_generate(self, to, message, payload)
 
@@ -165,6 +175,18 @@ def begin(text: str) -> Answer:
         for index, letter in enumerate(text):
             fake.say(to, piece(message.request, index, letter, ord(letter)))
         fake.say(to, Waiting(request=message.request, phase="thinking"))
+
+    return answer
+
+
+def go_on(text: str) -> Answer:
+    """Answer a `Resume` with the rest of a text, one token a letter, and end."""
+
+    def answer(fake: FakeCoordinator, to: bytes, message: Any, payload: bytes) -> None:
+        fake.say(to, accepted(message.request))
+        for index, letter in enumerate(text[message.tokens :], message.tokens):
+            fake.say(to, piece(message.request, index, letter, ord(letter)))
+        fake.say(to, finished(message.request, FinishReason.LENGTH, len(text)))
 
     return answer
 

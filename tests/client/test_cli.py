@@ -14,7 +14,7 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner
-from fake_coordinator import FakeCoordinator, begin, fake_in_thread, refuse, speak
+from fake_coordinator import FakeCoordinator, begin, fake_in_thread, go_on, refuse, speak
 from status_samples import READY
 
 from manyhands.cli import main
@@ -173,10 +173,16 @@ def test_nobody_answers(capsys: Capture) -> None:
 
 def test_silence_in_the_middle(fake: FakeCoordinator, capsys: Capture) -> None:
     fake.on_generate = begin("he")
-    assert main(["ask", "hi", "--timeout-s", "0.4"]) == exits.UNAVAILABLE
+    assert main(["ask", "hi", "--timeout-s", "0.4", "--reconnect-s", "0"]) == exits.UNAVAILABLE
     out, err = capsys.readouterr()
     assert out == "he"
     assert "silent" in err
+
+
+def test_an_answer_goes_on_after_silence(fake: FakeCoordinator, capsys: Capture) -> None:
+    fake.on_generate, fake.on_resume = begin("he"), go_on("hello")
+    assert main(["ask", "hi", "--timeout-s", "0.4"]) == 0
+    assert capsys.readouterr().out == "hello\n"
 
 
 def chat(lines: str, monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:

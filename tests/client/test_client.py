@@ -6,24 +6,50 @@ import asyncio
 import gc
 import threading
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from fake_coordinator import FakeCoordinator, accepted, begin, fake_coordinator, piece, refuse, speak
+from fake_coordinator import (
+    FakeCoordinator,
+    accepted,
+    begin,
+    fake_coordinator,
+    finished,
+    go_on,
+    piece,
+    refuse,
+    speak,
+)
 
-from manyhands import AsyncClient, Client, CoordinatorLost, FinishReason, PeerLost, RequestInvalid
+from manyhands import (
+    AsyncClient,
+    AsyncGenerationStream,
+    Client,
+    CoordinatorLost,
+    FinishReason,
+    Leg,
+    PeerLost,
+    RequestInvalid,
+    RequestUnknown,
+)
+from manyhands.conversation import Told
 from protocol.errors import AccessRefused, FrameMalformed, LinkInvalid, Overloaded
-from protocol.messages import Cancel, ErrorReport, PromptKind, StatusRequest, Waiting
+from protocol.messages import Cancel, ErrorReport, Generate, PromptKind, Resume, StatusRequest, Waiting
 from protocol.security import KeyPair, Link
 
 Scene = Callable[[FakeCoordinator, AsyncClient], Awaitable[None]]
 
 
-def play(scene: Scene, timeout_s: float = 10.0) -> None:
+def play(scene: Scene, timeout_s: float = 10.0, reconnect_s: float = 60.0) -> None:
     """Run a scene with a fake coordinator and a client of it."""
 
     async def run() -> None:
-        async with fake_coordinator() as fake, AsyncClient(fake.link, timeout_s) as client, asyncio.timeout(20):
+        async with (
+            asyncio.timeout(20),
+            fake_coordinator() as fake,
+            AsyncClient(fake.link, timeout_s, reconnect_s) as client,
+        ):
             await scene(fake, client)
 
     asyncio.run(run())
@@ -189,7 +215,7 @@ def test_silence_is_bounded_and_the_next_request_dials_again() -> None:
         fake.on_generate = speak("back")
         assert (await client.generate("hi")).text == "back"
 
-    play(scene, timeout_s=0.4)
+    play(scene, timeout_s=0.4, reconnect_s=0.0)
 
 
 def test_waiting_extends_the_deadline() -> None:
@@ -209,6 +235,212 @@ def test_waiting_extends_the_deadline() -> None:
         assert first.text.startswith("l")
 
     play(scene, timeout_s=0.4)
+
+
+# ---------------------------------------------------------------- over a lost connection
+
+
+async def read_until(stream: AsyncGenerationStream, text: str) -> None:
+    """Read pieces until they have said this much."""
+    said = ""
+    while said != text:
+        said += (await anext(stream)).text
+
+
+async def close_noticed(fake: FakeCoordinator, client: AsyncClient) -> None:
+    """End the coordinator and wait until the client has noticed."""
+    assert client._line is not None
+    talk, noticed = client._line._talk, asyncio.Event()
+    lost = talk.lost
+
+    def noticing(error: CoordinatorLost, now: float) -> list[Told]:
+        noticed.set()
+        return lost(error, now)
+
+    talk.lost = noticing  # type: ignore[method-assign]
+    await fake.close()
+    await noticed.wait()
+
+
+def test_a_stream_goes_on_over_a_restart() -> None:
+    async def scene(fake: FakeCoordinator, client: AsyncClient) -> None:
+        fake.on_generate, fake.on_resume = begin("he"), go_on("hello")
+        stream = await client.generate("hi", stream=True)
+        await read_until(stream, "he")
+        await close_noticed(fake, client)
+        assert "reconnecting" in stream.waits_for
+        fake.start()
+        assert "".join([piece.text async for piece in stream]) == "llo"
+        assert (stream.result.text, stream.result.token_ids) == ("hello", tuple(map(ord, "hello")))
+        [resume] = fake.of(Resume)
+        assert (resume.tokens, resume.chars) == (2, 2)
+        assert resume.request == fake.of(Generate)[0].request
+
+    play(scene)
+
+
+def test_a_connection_that_breaks_is_replaced_at_once() -> None:
+    async def scene(fake: FakeCoordinator, client: AsyncClient) -> None:
+        fake.on_generate, fake.on_resume = begin("he"), go_on("hello")
+        answers = [asyncio.create_task(client.generate(f"prompt {n}")) for n in range(3)]
+        await fake.until(lambda: len(fake.of(Generate)) == 3)
+        await fake.close()
+        fake.on_generate = speak("hello")  # for those that had not heard of their first letter yet
+        fake.start()
+        assert [(await answer).text for answer in answers] == ["hello"] * 3
+
+    play(scene, timeout_s=15.0)  # so much more than the scene may take that no silence can be what it goes on by
+
+
+def test_what_was_never_heard_of_is_asked_again() -> None:
+    async def scene(fake: FakeCoordinator, client: AsyncClient) -> None:
+        fake.on_generate = lambda *_: None
+        asking = asyncio.create_task(client.generate("hi"))
+        await fake.until(lambda: len(fake.of(Generate)) == 1)
+        await fake.close()
+        fake.on_generate = speak("hello")
+        fake.start()
+        assert (await asking).text == "hello"
+        first, second = fake.of(Generate)
+        assert first == second and fake.payloads[-1] == b"hi"
+
+    play(scene)
+
+
+def test_what_had_begun_and_is_not_known_any_more_fails() -> None:
+    async def scene(fake: FakeCoordinator, client: AsyncClient) -> None:
+        fake.on_generate = begin("he")
+        stream = await client.generate("hi", stream=True)
+        await read_until(stream, "he")
+        await fake.close()
+        fake.start()
+        with pytest.raises(RequestUnknown, match="never heard of it"):
+            await anext(stream)
+
+    play(scene)
+
+
+def test_requests_made_while_there_is_no_connection_wait_for_it() -> None:
+    async def scene(fake: FakeCoordinator, client: AsyncClient) -> None:
+        fake.on_generate, fake.on_resume = begin("he"), go_on("hello")
+        stream = await client.generate("hi", stream=True)
+        await read_until(stream, "he")
+        await close_noticed(fake, client)
+        assert "reconnecting" in stream.waits_for
+        second = await client.generate("ho", stream=True)
+        assert "reconnecting" in second.waits_for
+        asking = asyncio.create_task(client.status())
+        fake.on_generate = speak("fine")
+        fake.start()
+        assert await asking == {"phase": "ready"}
+        assert "".join([piece.text async for piece in second]) == "fine"
+        assert second.waits_for == ""
+
+    play(scene)
+
+
+def test_leaving_while_there_is_no_connection_cancels_on_the_next_one() -> None:
+    async def scene(fake: FakeCoordinator, client: AsyncClient) -> None:
+        fake.on_generate = begin("he")
+        left, kept = await client.generate("a", stream=True), await client.generate("b", stream=True)
+        for stream in (left, kept):
+            await read_until(stream, "he")
+        await close_noticed(fake, client)
+        assert "reconnecting" in kept.waits_for
+        await left.aclose()
+        fake.on_resume = go_on("hello")
+        fake.start()
+        assert "".join([piece.text async for piece in kept]) == "llo"
+        assert [message.request for message in fake.of(Cancel)] == [fake.of(Generate)[0].request]
+
+    play(scene)
+
+
+def test_nobody_coming_back_ends_the_requests_with_the_addresses() -> None:
+    async def scene(fake: FakeCoordinator, client: AsyncClient) -> None:
+        fake.on_generate = begin("he")
+        stream = await client.generate("hi", stream=True)
+        await read_until(stream, "he")
+        await fake.close()
+        with pytest.raises(CoordinatorLost, match=r"127\.0\.0\.1"):
+            await anext(stream)
+        fake.on_generate = speak("back")
+        fake.start()
+        assert (await client.generate("hi")).text == "back"
+
+    play(scene, reconnect_s=0.3)
+
+
+def test_a_key_that_is_refused_on_the_way_back_ends_the_requests() -> None:
+    async def scene(fake: FakeCoordinator, client: AsyncClient) -> None:
+        fake.on_generate = begin("he")
+        stream = await client.generate("hi", stream=True)
+        await read_until(stream, "he")
+        await fake.close()
+        fake.client_keys = KeyPair.generate()
+        fake.start()
+        with pytest.raises(AccessRefused):
+            await anext(stream)
+
+    play(scene)
+
+
+def test_a_coordinator_that_never_says_a_word_about_a_request_again_is_given_up() -> None:
+    async def scene(fake: FakeCoordinator, client: AsyncClient) -> None:
+        fake.on_generate = begin("he")
+        fake.on_resume = lambda *_: None
+        stream = await client.generate("hi", stream=True)
+        await read_until(stream, "he")
+        with pytest.raises(CoordinatorLost, match="silent"):
+            await anext(stream)
+        assert len(fake.of(Resume)) >= 2
+
+    play(scene, timeout_s=0.3, reconnect_s=0.8)
+
+
+def test_closing_the_client_while_there_is_no_connection_is_no_wait() -> None:
+    async def scene(fake: FakeCoordinator, client: AsyncClient) -> None:
+        fake.on_generate = begin("he")
+        stream = await client.generate("hi", stream=True)
+        await read_until(stream, "he")
+        await close_noticed(fake, client)
+        assert "reconnecting" in stream.waits_for
+        reading = asyncio.create_task(stream.next_piece())
+        await client.close()
+        assert await reading is None
+        fake.start()
+
+    play(scene)
+
+
+def test_a_request_has_the_name_it_was_given_or_one_that_nobody_guesses() -> None:
+    async def scene(fake: FakeCoordinator, client: AsyncClient) -> None:
+        await client.generate("hi", request="my-key")
+        await client.generate("hi")
+        await client.chat([{"role": "user", "content": "hi"}], request="another")
+        names = [message.request for message in fake.of(Generate)]
+        assert names[::2] == ["my-key", "another"] and len(names[1]) == 32
+        fake.on_generate = begin("he")
+        stream = await client.generate("hi", request="my-key", stream=True)
+        with pytest.raises(RequestInvalid, match="'my-key' is open on this client already"):
+            await client.generate("hi", request="my-key")
+        await stream.aclose()
+
+    play(scene)
+
+
+def test_an_answer_says_who_computed_it() -> None:
+    legs = (Leg(epoch=7, start=0, words="1/1", stages=("layers 0 to 1: pi",)),)
+
+    def answer(fake: FakeCoordinator, to: bytes, message: Any, payload: bytes) -> None:
+        fake.say(to, accepted(message.request))
+        fake.say(to, replace(finished(message.request, FinishReason.LENGTH, 0), legs=legs))
+
+    async def scene(fake: FakeCoordinator, client: AsyncClient) -> None:
+        fake.on_generate = answer
+        assert (await client.generate("hi")).legs == legs
+
+    play(scene)
 
 
 @pytest.mark.parametrize("text", ["not json", "[1]", "\udcff"])

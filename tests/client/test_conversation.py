@@ -9,12 +9,13 @@ from fake_coordinator import accepted, finished, piece
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manyhands.conversation import MAX_OPEN_REQUESTS, Conversation, RequestLog, RequestPhase, WaitsFor
+from manyhands.conversation import MAX_OPEN_REQUESTS, Conversation, RequestLog, RequestPhase, Told, WaitsFor
 from manyhands.options import Options, chat_order, completion_order
 from manyhands.results import Generation, Piece
 from protocol.errors import CoordinatorLost, FrameMalformed, ManyhandsError, PeerLost, RequestInvalid
+from protocol.frames import decode
 from protocol.ids import RequestId
-from protocol.messages import ErrorReport, FinishReason, Waiting
+from protocol.messages import Cancel, ErrorReport, FinishReason, Resume, Waiting
 
 R = RequestId("r1")
 ACCEPTED, P0, P1 = accepted(R), piece(R, 0, "a", 1), piece(R, 1, "b", 2)
@@ -48,9 +49,13 @@ BROKEN = [
 ]
 
 
+def request_log() -> RequestLog:
+    return RequestLog(completion_order(R, "hi", Options(max_tokens=3)))
+
+
 @pytest.mark.parametrize(("story", "phase", "updates"), STORIES)
 def test_stories_of_a_request(story: list[Any], phase: RequestPhase, updates: list[type]) -> None:
-    log = RequestLog(max_tokens=3)
+    log = request_log()
     got = [update for message in story if (update := log.receive(message)) is not None]
     assert [type(update) for update in got] == updates
     assert log.phase is phase
@@ -60,16 +65,27 @@ def test_stories_of_a_request(story: list[Any], phase: RequestPhase, updates: li
 
 @pytest.mark.parametrize("story", BROKEN)
 def test_stories_that_break_the_protocol(story: list[Any]) -> None:
-    log = RequestLog(max_tokens=3)
+    log = request_log()
     with pytest.raises(FrameMalformed):
         for message in story:
             log.receive(message)
 
 
-def conversation(timeout_s: float = 10.0) -> Conversation:
-    talk = Conversation(timeout_s=timeout_s, addresses=("10.0.0.1:7411", "[::1]:7411"), now=0.0)
-    talk.open(completion_order(R, "hi", Options()).message, now=0.0)
+def conversation(timeout_s: float = 10.0, reconnect_s: float = 0.0) -> Conversation:
+    talk = Conversation(
+        timeout_s=timeout_s, reconnect_s=reconnect_s, addresses=("10.0.0.1:7411", "[::1]:7411"), now=0.0
+    )
+    talk.open(completion_order(R, "hi", Options()), now=0.0)
     return talk
+
+
+def lose(talk: Conversation, now: float) -> list[Told]:
+    error = CoordinatorLost("the connection broke")
+    return talk.lost(error, now) + talk.give_up(error, now)
+
+
+def said_again(talk: Conversation, now: float) -> list[Any]:
+    return [decode(frames).message for frames in talk.say_again(now)]
 
 
 def test_after_the_end_nothing_more_is_told() -> None:
@@ -92,24 +108,91 @@ def test_an_abandoned_request_is_followed_but_tells_nobody() -> None:
     assert not talk.abandon(R)
 
 
-def test_silence_ends_a_request_and_life_does_not() -> None:
+def test_silence_is_told_and_life_goes_on() -> None:
     talk = conversation(timeout_s=2.0)
     for second in range(1, 20):
-        assert talk.overdue(second) == []
+        assert talk.silence(second) is None
         talk.receive(WAITING, second)
-    assert talk.overdue(20.0) == []
-    told = talk.overdue(21.0)
-    assert [type(update) for _, update in told] == [CoordinatorLost]
-    assert "10.0.0.1:7411, [::1]:7411" in str(told[0].update)
-    assert talk.overdue(99.0) == []
+    assert talk.silence(20.0) is None
+    error = talk.silence(21.0)
+    assert isinstance(error, CoordinatorLost)
+    assert "10.0.0.1:7411, [::1]:7411 has been silent for 2 s" in str(error)
+    assert [type(update) for _, update in lose(talk, 21.0)][-1] is CoordinatorLost
+    assert talk.silence(99.0) is None
 
 
-def test_silence_while_we_were_away_ends_nothing() -> None:
+def test_silence_while_we_were_away_proves_nothing() -> None:
     talk = conversation(timeout_s=2.0)
-    assert talk.overdue(1.0) == []
-    assert talk.overdue(500.0) == []
-    assert talk.overdue(501.0) == []
-    assert len(talk.overdue(502.0)) == 1
+    assert talk.silence(1.0) is None
+    assert talk.silence(500.0) is None
+    assert talk.silence(501.0) is None
+    assert talk.silence(502.0) is not None
+
+
+def test_silence_about_what_nobody_waits_for_is_no_loss() -> None:
+    talk = conversation(timeout_s=2.0)
+    talk.abandon(R)
+    assert [talk.silence(second) for second in (1.0, 2.0, 3.0)] == [None] * 3
+    assert talk.open_requests == ()
+
+
+# ---------------------------------------------------------------- from one connection to the next
+
+OTHER = RequestId("r2")
+
+
+def test_what_has_not_begun_is_asked_again_and_what_has_goes_on() -> None:
+    talk = conversation(reconnect_s=60.0)
+    order = completion_order(OTHER, "ho", Options())
+    talk.open(order, now=0.0)
+    for message in (ACCEPTED, P0, P1, TEXT_ONLY, accepted(OTHER)):
+        talk.receive(message, 1.0)
+    assert lose(talk, 2.0) == [Told(name, WaitsFor("reconnecting: the connection broke")) for name in (R, OTHER)]
+    assert said_again(talk, 3.0) == [Resume(request=R, tokens=2, chars=3), order.message]
+    assert talk.receive(ACCEPTED, 3.0) == [Told(R, WaitsFor(""))]
+    assert talk.receive(piece(R, 2, "c", 3), 3.0) == [Told(R, Piece(text="c", token_ids=(3,)))]
+    for message in (accepted(OTHER), piece(OTHER, 0, "x", 1)):
+        talk.receive(message, 3.0)
+    assert said_again(talk, 4.0)[1] == Resume(request=OTHER, tokens=1, chars=1)
+    [(_, answer)] = talk.receive(DONE, 4.0)
+    assert isinstance(answer, Generation) and (answer.text, answer.token_ids) == ("ab!c", (1, 2, 3))
+
+
+def test_what_was_abandoned_is_cancelled_on_the_next_connection() -> None:
+    talk = conversation(reconnect_s=60.0)
+    talk.abandon(R)
+    assert lose(talk, 1.0) == []
+    assert said_again(talk, 2.0) == [Cancel(request=R)]
+
+
+def test_a_piece_that_was_received_already_breaks_the_protocol() -> None:
+    talk = conversation(reconnect_s=60.0)
+    for message in (ACCEPTED, P0):
+        talk.receive(message, 1.0)
+    lose(talk, 2.0)
+    talk.say_again(3.0)
+    talk.receive(ACCEPTED, 3.0)
+    [(_, error)] = talk.receive(P0, 3.0)
+    assert isinstance(error, FrameMalformed)
+
+
+def test_a_request_is_given_up_when_nothing_was_heard_about_it_for_too_long() -> None:
+    talk = conversation(timeout_s=10.0, reconnect_s=60.0)
+    lose(talk, 5.0)
+    assert talk.patience_s(20.0) == 45.0
+    talk.open(completion_order(OTHER, "ho", Options()), now=40.0)
+    assert len(lose(talk, 40.0)) == 2
+    talk.say_again(50.0)  # connected, but nothing comes
+    assert [request for request, update in lose(talk, 65.0) if isinstance(update, CoordinatorLost)] == [R]
+    talk.receive(accepted(OTHER), 66.0)
+    assert [type(update) for _, update in lose(talk, 101.0)] == [WaitsFor]  # counted from the last loss
+    assert talk.patience_s(101.0) == 60.0
+
+
+def test_a_name_is_open_once() -> None:
+    talk = conversation()
+    with pytest.raises(RequestInvalid, match="'r1' is open on this client already"):
+        talk.open(completion_order(R, "ho", Options()), now=0.0)
 
 
 def test_pings_only_while_requests_are_open() -> None:
@@ -123,22 +206,27 @@ def test_open_requests_are_bounded() -> None:
     talk = conversation()
     with pytest.raises(RequestInvalid, match="requests are open"):
         for number in range(MAX_OPEN_REQUESTS):
-            talk.open(completion_order(RequestId(f"x{number}"), "hi", Options()).message, now=0.0)
+            talk.open(completion_order(RequestId(f"x{number}"), "hi", Options()), now=0.0)
 
 
 MESSAGES = st.sampled_from([ACCEPTED, P0, P1, TEXT_ONLY, WAITING, DONE, ERROR])
 
 
-@given(st.lists(st.one_of(MESSAGES, st.sampled_from(["abandon", "late"])), max_size=12))
+@given(st.lists(st.one_of(MESSAGES, st.sampled_from(["abandon", "late", "lost", "again"])), max_size=12))
 def test_every_request_ends_at_most_once_and_tells_its_end(story: list[Any]) -> None:
-    talk = conversation(timeout_s=5.0)
+    talk = conversation(timeout_s=5.0, reconnect_s=3.0)
     ends = 0
     for now, event in enumerate(story):
-        told = []
+        told: list[Told] = []
         if event == "abandon":
             talk.abandon(R)
         elif event == "late":
-            told = [one for later in range(0, 10, 2) for one in talk.overdue(now + later)]
+            if any(talk.silence(now + later) for later in range(0, 10, 2)):
+                told = lose(talk, now)
+        elif event == "lost":
+            told = lose(talk, now)
+        elif event == "again":
+            assert len(talk.say_again(now)) == len(talk.open_requests)
         else:
             told = talk.receive(event, now)
         ends += sum(isinstance(update, Generation | ManyhandsError) for _, update in told)
@@ -168,6 +256,9 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"stop": ["x" * 257]}, "1 to 256 characters"),
     ({"stop": ["x"] * 17}, "17 stop strings"),
     ({"stop": [1]}, "stop string 1"),
+    ({"request": 1}, "request must be text"),
+    ({"request": "x" * 65}, "65 characters"),
+    ({"request": "\ud800"}, "UTF-8"),
 ]
 
 
