@@ -66,9 +66,9 @@ class Story:
         return last if last is not None and last.ready_at is None else None
 
     def planned(self, now: float, plan: Plan, lacking: Sequence[TileId]) -> None:
-        """The next plan is made and sent; `lacking`: tiles that have to be fetched."""
+        """The next plan is made and sent; `lacking`: tiles that nobody is known to have."""
         size = bytes_text(sum(tile_bytes(plan.model, tile) for tile in lacking))
-        fetch = f"; {len(lacking)} tiles to fetch ({size})" if lacking else ""
+        fetch = f"; at most {len(lacking)} tiles to fetch ({size})" if lacking else ""
         self.tell(now, f"planned over {', '.join(plan.workers)} ({plan.words}){fetch}")
         if self.current is not None:
             self.current.planned_at, self.current.epoch = now, plan.epoch
