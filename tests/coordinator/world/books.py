@@ -9,8 +9,7 @@ import copy
 from array import array
 from dataclasses import dataclass, field
 
-from coordinator.events import Effect, SessionEnded, SessionFailed, TokensCommitted
-from coordinator.saved import SeatsChanged
+from coordinator.events import Effect, SeatsChanged, SessionEnded, SessionFailed, TokensCommitted
 from coordinator.seating import Seats
 from coordinator.session import Session
 from protocol.batches import Sampling
