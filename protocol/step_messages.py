@@ -109,10 +109,10 @@ class LinkWelcome:
 @message(38, {W, H}, {W, H}, payload_bytes=MAX_TENSOR_BYTES)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvRows:
-    """Keys and values of a session's positions `[start, start + count)` in one layer, for a peer that keeps a copy.
+    """Keys and values of a session's positions `[start, start + count)`, for a peer that keeps a copy.
 
-    Payload: `[2, groups, count, head_dim]` in the plan's activation format, keys first. `count` 0: no more will come
-    of what was to be given.
+    Payload: `[layers, 2, groups, count, head_dim]` in the plan's activation format, keys first. `count` 0: no more will
+    come of what was to be given.
     """
 
     epoch: Epoch

@@ -89,6 +89,15 @@ class KvCache:
         span = slice(first, first + count)
         return self.keys_LGPd[number, place, span], self.values_LGPd[number, place, span]
 
+    def cut(self, layers: Span, groups: Span, first: int, count: int) -> Tensor:
+        """Return a copy of `count` positions of the arena, of some of its cells: `[layers, 2, groups, T, d]`."""
+        spans = (
+            slice(layers.start - self.layers.start, layers.end - self.layers.start),
+            slice(groups.start - self.groups.start, groups.end - self.groups.start),
+            slice(first, first + count),
+        )
+        return torch.stack((self.keys_LGPd[spans], self.values_LGPd[spans]), dim=1)
+
     def begin(self, rows: tuple[SessionRows, ...]) -> tuple[SessionKv, ...]:
         """Return the caches that these rows extend, in order; opens sessions that start at 0, truncates repeated ones.
 

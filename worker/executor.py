@@ -18,7 +18,7 @@ import torch
 from protocol.errors import CoordinatorLost, InvariantBroken, ManyhandsError, PeerLost, TileUnavailable
 from protocol.frames import Buffer
 from protocol.ids import SessionId, WorkerId
-from protocol.messages import Activation, Partial, Step, Sum
+from protocol.messages import Activation, KvRows, Partial, Step, Sum
 from protocol.plans import Plan
 from runtime.stream import StreamCounts
 from worker.commands import (
@@ -37,12 +37,14 @@ from worker.commands import (
 )
 from worker.forming import Bench, ExecutorSettings, Forming, LoadCount
 from worker.kv_shelf import KvShelf
-from worker.links import COORDINATOR, Arrival, Links
+from worker.kv_traffic import KvTraffic
+from worker.links import COORDINATOR, Links
 from worker.loading import WorkerPart
 from worker.spool import Spool
 from worker.star import Star, StarFrame
 from worker.steps import Parts, StepRunner, Work
 from worker.store import TileStore
+from worker.wire import Arrival
 
 IDLE_S: Final = 1.0
 MAX_INBOX: Final = 1024
@@ -79,6 +81,7 @@ class Executor:
         self._nonce = ""  # of the connection that the data connection belongs to
         self._plan: Plan | None = None
         self._forming: Forming | None = None
+        self._traffic: KvTraffic | None = None
         self._runner: StepRunner | None = None
         self._star: Star | None = None
         self._held: WorkerPart | None = None
@@ -201,6 +204,8 @@ class Executor:
             self._take(arrival)
         if forming is not None:
             self._form(forming)
+        elif self._traffic is not None:
+            self._traffic.push()
 
     def _obey(self) -> bool:
         """Carry out the commands that wait; False at `Stop`."""
@@ -218,6 +223,7 @@ class Executor:
                     self._plan = plan
                     self._links.begin(plan.epoch, orders)
                     self._forming = Forming(command, self._own, self._bench, self)
+                    self._traffic = self._forming.traffic
                 case LoadTiles(epoch=epoch, entries=entries):
                     if self._forming is not None and self._forming.plan.epoch == epoch:
                         self._forming.tiles_are_here(entries)
@@ -246,7 +252,20 @@ class Executor:
                 raise InvariantBroken(f"{arrival.sender} sent a {name} outside of a step", node=arrival.sender)
 
     def _receive(self, timeout_s: float) -> Arrival | None:
-        return self._links.receive(timeout_s)
+        """Return the next message; keys and values are taken at once, whatever is under way."""
+        try:
+            arrival = self._links.receive(timeout_s)
+        except PeerLost as error:
+            if self._traffic is None or error.node in self._traffic.neighbours:
+                raise
+            self._links.forget(WorkerId(error.node))
+            self._traffic.lost(WorkerId(error.node))
+            return None
+        if arrival is None or not isinstance(arrival.message, KvRows):
+            return arrival
+        if self._traffic is not None:
+            self._traffic.take(arrival)
+        return None
 
     def _keep(self, arrival: Arrival) -> None:
         if len(self._inbox) >= MAX_INBOX:
@@ -280,7 +299,7 @@ class Executor:
     def _fail(self, error: ManyhandsError) -> None:
         """Report, and wait for the coordinator's word. The links stay: a break would hide the cause from the others."""
         epoch = self._plan.epoch if self._plan is not None else 0
-        self._forming = self._runner = None
+        self._forming = self._runner = self._traffic = None
         self._inbox.clear()
         if isinstance(error, CoordinatorLost):  # one connection in three parts: the control side dials them all anew
             self._report(LineBroke(nonce=self._nonce, error=error))
@@ -296,7 +315,7 @@ class Executor:
 
     def _rest(self) -> None:
         """End the epoch; what was loaded and computed stays for the next."""
-        self._plan = self._forming = self._runner = None
+        self._plan = self._forming = self._runner = self._traffic = None
         self._inbox.clear()
         self._links.end()
 
@@ -314,7 +333,7 @@ class Executor:
 
     def _let_go(self) -> None:
         """Free the weights, and end their loader."""
-        self._runner = self._forming = self._star = None
+        self._star = None
         self._weight_bytes = 0
         held, self._held = self._held, None
         if held is not None:

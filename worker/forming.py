@@ -1,4 +1,4 @@
-"""One plan on its way from `Begin` to `Ready`: tiles are loaded, keys and values brought back, links are made.
+"""One plan on its way from `Begin` to `Ready`: links, keys and values that travel, tiles, keys and values brought back.
 
 Knows nothing of commands or of steps; the compute thread calls `advance` at every turn until it is done.
 """
@@ -18,11 +18,12 @@ from protocol.tiles import TileEntry, TileId
 from runtime.kernels import Kernels
 from worker.commands import Begin, Ready
 from worker.kv_shelf import KvShelf
-from worker.links import Links
+from worker.kv_traffic import KvTraffic
+from worker.links import COORDINATOR, Links
 from worker.loading import WorkerPart, kv_positions, load_worker, resident_bytes, share_of
 from worker.store import TileStore
 
-LINKING_S: Final = 0.05  # a link that gets complete is no message
+TICK_S: Final = 0.02  # a link that gets complete is no message, nor is a socket that takes more
 IDLE_S: Final = 1.0
 
 
@@ -85,13 +86,14 @@ class Forming:
         self.held: WorkerPart | None = None
         share, positions = share_of(self.plan, own), kv_positions(self.plan)
         bench.kv.turn_to(self.plan, share, positions, begin.kv.carries)
+        self.traffic = KvTraffic(begin, own, bench.kv, bench.links, time.monotonic)
 
     @property
     def wait_s(self) -> float:
         """How long to wait for a message before `advance` is due."""
-        if self._entries is not None and self._ready is None:
-            return 0.0
-        return IDLE_S if self._ready is None else LINKING_S
+        if not self.traffic.handover.is_over or self._ready is not None:
+            return TICK_S
+        return IDLE_S if self._entries is None else 0.0
 
     def tiles_are_here(self, entries: tuple[TileEntry, ...]) -> None:
         """All tiles are on disk: the next `advance` loads them."""
@@ -100,16 +102,23 @@ class Forming:
     def advance(self) -> Ready | None:
         """Do what is due; returns the report once the plan can be computed.
 
-        Raises TileUnavailable when tiles have to be fetched anew (then say `tiles_are_here` again), what loading
-        raises, and DeadlineExceeded naming a neighbour that was not linked in time.
+        Keys and values travel before tiles are loaded: until then there is time to hear every message. Raises
+        TileUnavailable when tiles have to be fetched anew (then say `tiles_are_here` again), what loading raises, and
+        DeadlineExceeded naming a neighbour that was not linked in time.
         """
-        if self._ready is None and self._entries is not None:
+        self.traffic.handover.advance()
+        if self._ready is None and self._entries is not None and self.traffic.handover.is_over:
             self._load(self._entries)
         ready = self._ready
         if ready is None:
             return None
-        missing = self._bench.links.unlinked
+        needed = {COORDINATOR, *self.traffic.neighbours}
+        unlinked = self._bench.links.unlinked
+        missing = [peer for peer in unlinked if peer in needed]
         if not missing:
+            for peer in set(unlinked).difference(self.plan.workers):  # it was to hand over, and is gone
+                self._bench.links.forget(peer)
+            self.traffic.serve()
             return ready
         if time.monotonic() >= self._link_deadline:
             names = ", ".join(name or "the coordinator" for name in missing)

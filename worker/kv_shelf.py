@@ -117,7 +117,9 @@ class KvShelf:
         return bytes(as_bytes(keys_Td)), bytes(as_bytes(values_Td))
 
     def take(self, session: SessionId, cell: Cell, start: int, keys: memoryview, values: memoryview) -> bool:
-        """Keep rows that a peer sent; False when they are of no use: behind a gap, or without room."""
+        """Keep rows that a peer sent; False when they are of no use: known better, behind a gap, or without room."""
+        if self._place(session, cell) is not None:
+            return False
         return self._spool.write(session, cell, start, keys, values)
 
     def _place(self, session: SessionId, cell: Cell) -> int | None:

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -21,37 +21,21 @@ from zmq.utils.monitor import recv_monitor_message
 from protocol.errors import PeerLost, ProtocolViolation
 from protocol.frames import Buffer, Received, encode
 from protocol.ids import WorkerId
-from protocol.messages import (
-    Activation,
-    LinkHello,
-    LinkMode,
-    LinkOrder,
-    LinkWelcome,
-    Partial,
-    Sum,
-)
+from protocol.messages import Activation, KvRows, LinkHello, LinkMode, LinkOrder, LinkWelcome, Partial, Sum
 from protocol.security import Gate, KeyPair
 from protocol.transport import bind_router, dial, envelope_of, monitor_of
 from worker.coordinator_line import CoordinatorLine, StepFrames, read_line
 from worker.peer import Peer
-from worker.sending import MAX_FRAME_BYTES, receive_now, send_now, send_within
+from worker.sending import MAX_FRAME_BYTES, Lent, lend, receive_now, send_now, send_within
 from worker.waker import Waker
 from worker.watch import Watch, has_message
-from worker.wire import pack_data, unpack_data
+from worker.wire import Arrival, pack_data, unpack_data
 
 MAX_STASHED: Final = 1024
 TICK_S: Final = 0.02  # while links are being made
-BETWEEN_WORKERS: Final = (Activation, Partial, Sum)
+BETWEEN_WORKERS: Final = (Activation, KvRows, Partial, Sum)
 COORDINATOR: Final = WorkerId("")
 _log = logging.getLogger(__name__)
-
-
-class Arrival(NamedTuple):
-    """A message of the current epoch, proven to be from `sender` (empty: the coordinator)."""
-
-    sender: WorkerId
-    message: Any
-    payload: memoryview
 
 
 class Links:
@@ -105,6 +89,15 @@ class Links:
         self._is_linking = bool(self._peers)
         self._tend()
 
+    def forget(self, worker: WorkerId) -> None:
+        """Drop the link to one neighbour, if there is one."""
+        peer = self._peers.pop(worker, None)
+        if peer is not None:
+            del self._by_key[peer.key]
+            peer.close()
+            self._is_linking = any(not other.is_linked for other in self._peers.values())
+            self._refresh()
+
     def end(self) -> None:
         """Drop all links; frames that still arrive are dropped too."""
         self.begin(0, ())
@@ -131,6 +124,15 @@ class Links:
                 self._send_to_peer(self._peers[target], frames)
             except zmq.ZMQError as error:
                 raise PeerLost(f"{target} can't be sent to: {error.strerror}", node=target, phase="send") from error
+
+    def offer(self, target: WorkerId, message: object, payload: Buffer) -> Lent | None:
+        """Lend a message to a neighbour's link if that takes it at once; None when not now, or not any more."""
+        peer = self._peers.get(target)
+        socket, before = peer.way(self._listener, self._line) if peer is not None else (None, [])
+        if socket is None:
+            return None
+        self._watch.touch(socket)
+        return lend(socket, [*before, *pack_data(message, payload)])
 
     def send_up(self, message: object, payload: Buffer | None = None) -> None:
         """Send to the coordinator; raises CoordinatorLost."""

@@ -9,9 +9,11 @@ from typing import Final
 
 import zmq
 
+from protocol.frames import encode
 from protocol.ids import WorkerId
-from protocol.messages import LinkMode, LinkOrder
+from protocol.messages import LinkMode, LinkOrder, Relay
 from protocol.transport import monitor_of
+from worker.coordinator_line import CoordinatorLine
 
 DIAL_S: Final = 0.7
 HELLO_S: Final = 0.4
@@ -64,6 +66,16 @@ class Peer:
         """A hello went out."""
         self._has_greeted = True
         self._hello_at = now + HELLO_S
+
+    def way(
+        self, listener: zmq.Socket[bytes], line: CoordinatorLine
+    ) -> tuple[zmq.Socket[bytes] | None, list[bytes | bytearray | memoryview]]:
+        """Return the socket that leads to it and the frames that go before a message; None while it is not linked."""
+        if not self.is_linked:
+            return None, []
+        if self.mode is LinkMode.RELAY:
+            return line.socket, encode(Relay(source=line.own, target=self.worker))
+        return (self.dealer, []) if self.dealer is not None else (listener, [self.route])
 
     def close(self) -> None:
         """End our own connection to it, if there is one."""

@@ -5,9 +5,10 @@ Knows nothing of messages or of whom a socket leads to.
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import zmq
 
@@ -17,6 +18,7 @@ from protocol.messages import MAX_TENSOR_BYTES
 MAX_FRAME_BYTES: Final = MAX_TENSOR_BYTES + 2**20
 COPY_MOST_BYTES: Final = 64 * 1024
 SEND_DEADLINE_S: Final = 5.0
+UNDELIVERED: Final = frozenset({errno.EAGAIN, errno.EHOSTUNREACH})
 NOBLOCK: Final = int(zmq.NOBLOCK)  # plain numbers: adding two members of pyzmq's enum takes as long as sending 4 KiB
 NOBLOCK_MORE: Final = int(zmq.NOBLOCK) + int(zmq.SNDMORE)
 
@@ -44,6 +46,27 @@ def send_now(socket: zmq.Socket[Any], frames: Sequence[Buffer]) -> None:
         socket.send(frame, NOBLOCK_MORE)
     last = frames[-1]
     socket.send(last, NOBLOCK, copy=len(last) <= COPY_MOST_BYTES)
+
+
+class Lent(Protocol):
+    """A message that a socket has taken; `done` once its bytes are on their way and its memory is free."""
+
+    @property
+    def done(self) -> bool:
+        """Whether the socket needs the memory no more."""
+        ...
+
+
+def lend(socket: zmq.Socket[Any], frames: Sequence[Buffer]) -> Lent | None:
+    """Send, or return None when the socket is full or there is no way to the peer; the last frame is not copied."""
+    try:
+        for frame in frames[:-1]:
+            socket.send(frame, NOBLOCK_MORE)
+        return socket.send(frames[-1], NOBLOCK, copy=False, track=True)
+    except zmq.ZMQError as error:
+        if error.errno in UNDELIVERED:
+            return None
+        raise
 
 
 def receive_now(socket: zmq.Socket[Any]) -> list[zmq.Frame]:

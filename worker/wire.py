@@ -11,15 +11,24 @@ a fifth of the time of an allreduce of 4 KiB; copying a small payload costs less
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 from protocol import flat
 from protocol.errors import FrameMalformed, FrameTooLarge
 from protocol.frames import Buffer, Received, decode, encode
+from protocol.ids import WorkerId
 
 MARK: Final = 0xC1
 PREFIX_BYTES: Final = 4
 JOIN_MOST_BYTES: Final = 32 * 1024
+
+
+class Arrival(NamedTuple):
+    """A message of the current epoch, proven to be from `sender` (empty: the coordinator)."""
+
+    sender: WorkerId
+    message: Any
+    payload: memoryview
 
 
 def pack_data(message: object, payload: Buffer | None = None) -> list[Buffer]:

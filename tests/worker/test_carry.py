@@ -7,15 +7,17 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tiny_cluster import SPEC, TinyCluster, plan_of
 
-from protocol.ids import SessionId
-from protocol.messages import Carry
+from coordinator.moves import Copy, find_copies, find_moves
+from protocol.ids import SessionId, WorkerId
+from protocol.messages import Carry, KvMove
 from protocol.plans import Plan
 from protocol.specs import Span
 from worker.commands import Drop, KvOrders
+from worker.spool import Cell
 
 ALL, GROUPS, FFN = Span(0, SPEC.layers), Span(0, SPEC.kv_heads), Span(0, SPEC.ffn_tiles)
 PROMPTS = {1: [3, 14, 15, 92, 65, 35, 8, 9], 2: [5, 6, 7]}
@@ -58,19 +60,48 @@ class Run:
         self.places: dict[int, int] = {}
         self.num_steps = 0
 
-    def turn(self, plan: Plan, order: Sequence[int]) -> dict[str, dict[int, int]]:
-        """Form a plan, sessions lying in this order; returns what each worker holds."""
+    def turn(
+        self, plan: Plan, order: Sequence[int], before: Plan | None = None, *, without: frozenset[str] = frozenset(),
+        copies: tuple[Copy, ...] = (), mirrors: tuple[Copy, ...] = (), is_direct: bool = True,
+    ) -> dict[str, dict[int, int]]:  # fmt: skip
+        """Form a plan, sessions lying in this order; returns what each worker holds.
+
+        Where there was a plan `before`, keys and values travel: from those who are left `without` some, and from those
+        who kept `copies`. `mirrors`: copies to keep from now on.
+        """
         self.num_steps = 0
         self.places = {session: number * CAPACITY for number, session in enumerate(order)}
         carries = tuple(
             Carry(session=SessionId(session), at=at, capacity=CAPACITY, computed=self.most[session])
             for session, at in self.places.items()
         )
-        self.cluster.form(plan, kv={name: KvOrders(carries=carries) for name in plan.workers})
+        here = {name for name in NAMES if name not in without}
+        moves = find_moves(before, plan, here, copies) if before is not None else {}
+        orders = {
+            name: KvOrders(
+                carries=carries,
+                gives=tuple(moves[name].gives) if name in moves else (),
+                takes=tuple(moves[name].takes) if name in moves else (),
+                mirrors=tuple(KvMove(peer=one.holder, cells=one.cells) for one in mirrors if one.owner == name),
+            )
+            for name in (WorkerId(one) for one in {*plan.workers, *moves})
+        }
+        self.cluster.form(plan, lambda one, other: is_direct, orders)
         held = {name: self.held(name, plan) for name in plan.workers}
         for session in self.logs:
             self.computed[session] = min(found.get(session, 0) for found in held.values())
         return held
+
+    def has_copy(self, copy: Copy) -> bool:
+        shelf = self.cluster.hands[copy.holder].executor._kv
+        cells = [Cell(layer, group) for layer in copy.cells.layers for group in copy.cells.groups]
+        return all(
+            shelf.length(SessionId(session), cell) == length for session, length in self.most.items() for cell in cells
+        )
+
+    def end(self) -> None:
+        for name in NAMES:
+            self.cluster.hands[name].executor.submit(Drop())
 
     def held(self, name: str, plan: Plan) -> dict[int, int]:
         ready = self.cluster.ready(name, plan.epoch)
@@ -140,8 +171,7 @@ def test_tokens_after_any_cut_are_those_of_no_cut(
             for name in plan.workers:
                 known.stepped(plan, name, {1: first, 2: second}, run.computed)
     finally:
-        for name in NAMES:
-            cluster.hands[name].executor.submit(Drop())
+        run.end()
     for session, log in run.logs.items():
         assert log == logs[session][: len(log)]
 
@@ -169,6 +199,55 @@ class Known:
             for cell in _cells(plan, name) if count else ():
                 key = (name, session, cell)
                 self.rows[key] = max(self.rows.get(key, 0), computed[session])
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.tuples(plans(), plans()), st.tuples(st.integers(1, 3), st.integers(0, 3)), st.booleans())
+def test_what_a_worker_lacks_is_given_by_those_who_have_it(
+    cluster: TinyCluster, logs: dict[int, list[int]], pair: tuple[Plan, Plan], counts: tuple[int, int], is_direct: bool
+) -> None:
+    before, after = pair
+    run = Run(cluster)
+    try:
+        one, two = (dataclasses.replace(plan, epoch=next(EPOCHS)) for plan in (before, after))
+        run.turn(one, [1, 2])
+        for session, count in zip((1, 2), counts, strict=True):
+            run.step(one, session, count)
+        held = run.turn(two, [2, 1], before=one, is_direct=is_direct)
+        everything = {session: length for session, length in run.most.items() if length}
+        assert held == dict.fromkeys(held, everything)
+        run.step(two, 1, 2)
+        run.step(two, 2, 2)
+    finally:
+        run.end()
+    for session, log in run.logs.items():
+        assert log == logs[session][: len(log)]
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.tuples(plans(), plans()), st.tuples(st.integers(1, 3), st.integers(0, 3)), st.booleans())
+def test_who_keeps_copies_takes_over_from_one_that_is_lost(
+    cluster: TinyCluster, logs: dict[int, list[int]], pair: tuple[Plan, Plan], counts: tuple[int, int], is_direct: bool
+) -> None:
+    before, after = pair
+    lost = frozenset(before.workers).difference(after.workers)
+    assume(lost and set(after.workers) <= set(before.workers))
+    run = Run(cluster)
+    try:
+        one, two = (dataclasses.replace(plan, epoch=next(EPOCHS)) for plan in (before, after))
+        copies = find_copies(one, [two])
+        run.turn(one, [1, 2], mirrors=copies, is_direct=is_direct)
+        for session, count in zip((1, 2), counts, strict=True):
+            run.step(one, session, count)
+        cluster.pump(lambda: all(run.has_copy(copy) for copy in copies))
+        held = run.turn(two, [2, 1], before=one, without=lost, copies=copies)
+        everything = {session: length for session, length in run.most.items() if length}
+        assert held == dict.fromkeys(held, everything)
+        run.step(two, 1, 2)
+    finally:
+        run.end()
+    for session, log in run.logs.items():
+        assert log == logs[session][: len(log)]
 
 
 def _cells(plan: Plan, name: str) -> set[tuple[int, int]]:

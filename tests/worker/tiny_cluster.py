@@ -131,16 +131,24 @@ class TinyCluster:
         modes: Callable[[str, str], bool] = lambda one, other: True,
         kv: Mapping[str, KvOrders] = NOTHING,
     ) -> None:
-        """Hand out a plan; `modes(hub side, other)` says whether a link is direct (the second dials)."""
-        orders: dict[str, list[LinkOrder]] = {name: [] for name in plan.workers}
-        for listener, dialler in plan.links():
+        """Hand out a plan; `modes(hub side, other)` says whether a link is direct (the second dials).
+
+        Workers that have keys and values to give are told too, and linked to those who get them.
+        """
+        everybody = tuple(dict.fromkeys([*plan.workers, *(self.hands[name].name for name in kv)]))
+        travels = [
+            (move.peer, self.hands[name].name) for name, one in kv.items() for move in (*one.gives, *one.mirrors)
+        ]
+        pairs = {frozenset(pair): pair for pair in [*travels, *plan.links()]}
+        orders: dict[str, list[LinkOrder]] = {name: [] for name in everybody}
+        for listener, dialler in pairs.values():
             direct = modes(listener, dialler)
             for name, other, mode in ((listener, dialler, LinkMode.LISTEN), (dialler, listener, LinkMode.DIAL)):
                 hand = self.hands[other]
                 address = hand.links.address.removeprefix("tcp://")
                 peer = Peer(worker=hand.name, public_key=hand.keys.public, addresses=(address,))
                 orders[name].append(LinkOrder(peer=peer, mode=mode if direct else LinkMode.RELAY))
-        for name in plan.workers:
+        for name in everybody:
             hand = self.hands[name]
             entries = tuple(self.entries[tile] for tile in plan.tiles_of(hand.name))
             for entry in hand.store.missing(entries):
@@ -156,7 +164,7 @@ class TinyCluster:
         kv: Mapping[str, KvOrders] = NOTHING,
     ) -> None:
         self.begin(plan, modes, kv)
-        self.pump(lambda: all(self.ready(name, plan.epoch) for name in plan.workers))
+        self.pump(lambda: all(self.ready(name, plan.epoch) for name in {*plan.workers, *kv}))
 
     def ready(self, name: str, epoch: int) -> Ready | None:
         reports = self.hands[name].reports
@@ -222,6 +230,13 @@ class TinyCluster:
             start = len(tokens)
             tokens.append(self.done[0].tokens[0].token)
         return tokens
+
+    def remove(self, name: str) -> None:
+        """End a worker."""
+        hand = self.hands.pop(name)
+        hand.executor.submit(Stop())
+        assert hand.executor.join(DEADLINE_S)
+        hand.store.close()
 
     def close(self) -> None:
         for hand in self.hands.values():
