@@ -11,6 +11,7 @@ from concurrent.futures import Executor
 
 from coordinator.actor import Actor
 from coordinator.admission import agree_version
+from coordinator.events import LeaveAsked
 from coordinator.prompts import read_prompt
 from coordinator.tickets import Ticket, digest_of
 from coordinator.tokens import TextCodec
@@ -19,6 +20,8 @@ from protocol.errors import InvariantBroken, ManyhandsError
 from protocol.messages import (
     Cancel,
     ClientHello,
+    Drain,
+    Draining,
     Generate,
     Invitation,
     InviteRequest,
@@ -67,6 +70,9 @@ class ClientSide:
                 actor.act(actor.desk.cancel(client, message, actor.clock()))
             case StatusRequest():
                 actor.say(client, StatusReport(), self._status())
+            case Drain():  # one that is not here has left already
+                actor.run(LeaveAsked(worker=message.worker))
+                actor.say(client, Draining(worker=message.worker))
             case InviteRequest():  # the only client key is the one in this machine's state folder
                 actor.say(client, Invitation(link=self._invite(message.trusted)))
             case _:

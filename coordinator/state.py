@@ -96,8 +96,9 @@ class ClusterState:
         phase = self._sessions.phase_of(session)
         if not phase or self._deployment.phase is Phase.READY:
             return phase
-        progress = self._deployment.progress_text()
-        return f"{self._deployment.phase}: {self._deployment.detail}" + (f" ({progress})" if progress else "")
+        progress, recovery = self._deployment.progress_text(), self._deployment.story.current
+        cause = f"{recovery.cause}; " if recovery is not None else ""
+        return f"{cause}{self._deployment.phase}: {self._deployment.detail}" + (f" ({progress})" if progress else "")
 
     def status(self, now: float) -> ClusterStatus:
         """Describe the whole cluster."""

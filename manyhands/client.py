@@ -20,7 +20,7 @@ from manyhands.mailbox import Mailbox
 from manyhands.options import Messages, OptionFields, Options, Order, Prompt, chat_order, completion_order
 from manyhands.results import Generation, Piece
 from protocol.errors import RequestInvalid
-from protocol.ids import RequestId
+from protocol.ids import RequestId, WorkerId
 from protocol.security import Link
 
 
@@ -154,6 +154,17 @@ class AsyncClient:
     async def invite(self, trusted: bool = False) -> str:
         """Return a fresh join link for one worker; a `trusted` one may see token ids, as the head does."""
         return await (await self._connected()).invite(trusted)
+
+    async def drain(self, worker: str) -> None:
+        """Let a worker hand over what it does and leave; `status` says when it is gone, or that it can't be spared.
+
+        Raises RequestInvalid when there is no such worker.
+        """
+        line = await self._connected()
+        names = [str(one.get("name")) for one in (await line.status()).get("workers", [])]
+        if worker not in names:
+            raise RequestInvalid(f"there is no worker {worker!r:.80}; there are {', '.join(names) or 'none'}")
+        await line.drain(WorkerId(worker))
 
     async def close(self) -> None:
         """Stop what is running and hang up; a later request dials again."""

@@ -9,6 +9,7 @@ import itertools
 import logging
 import re
 import shutil
+import subprocess
 import tempfile
 import threading
 import time
@@ -22,13 +23,14 @@ from manyhands.keeper import Keeper
 from manyhands.launch import Coordinator, OnStatus, start_coordinator, start_worker, wait_until_ready
 from manyhands.processes import ChildProcess, stop_all
 from manyhands.sync import Client
-from protocol.errors import ConfigInvalid, ManyhandsError, RequestInvalid
+from protocol.errors import ConfigInvalid, DeadlineExceeded, ManyhandsError, RequestInvalid
 
 DEMO_MODEL = Path(__file__).resolve().parent / "demo_model"
 DEFAULT_WORKERS = 3
 COORDINATOR = "coordinator"
 HEAD = "worker-1"
 LOOK_EVERY_S = 0.1
+HAND_OVER_S = 60.0  # a worker gives up waiting for its leave before
 _log = logging.getLogger(__name__)
 
 
@@ -154,6 +156,18 @@ class LocalCluster:
         The head comes back by itself where it is supervised.
         """
         self._child(name).kill()
+
+    def stop_worker(self, name: str) -> None:
+        """Have a worker hand over what it does and end (SIGTERM), and wait until it is gone.
+
+        Raises RequestInvalid, DeadlineExceeded.
+        """
+        child = self._child(name)
+        child.process.terminate()
+        try:
+            child.process.wait(HAND_OVER_S)
+        except subprocess.TimeoutExpired:
+            raise DeadlineExceeded(f"{name} has not ended within {HAND_OVER_S:g} s", node=name, phase="stop") from None
 
     def add_worker(
         self, name: str = "", *, trusted: bool = False, settings: Mapping[str, str] | None = None

@@ -24,9 +24,19 @@ from manyhands.mailbox import Mailbox
 from manyhands.options import Order
 from protocol.errors import CoordinatorLost, FrameMalformed, InvariantBroken, ManyhandsError, Overloaded
 from protocol.frames import encode
-from protocol.ids import RequestId
+from protocol.ids import RequestId, WorkerId
 from protocol.liveness import Backoff
-from protocol.messages import Cancel, ErrorReport, Invitation, InviteRequest, StatusReport, StatusRequest, Welcome
+from protocol.messages import (
+    Cancel,
+    Drain,
+    Draining,
+    ErrorReport,
+    Invitation,
+    InviteRequest,
+    StatusReport,
+    StatusRequest,
+    Welcome,
+)
 from protocol.security import Link
 
 WATCH_EVERY_S = 0.25
@@ -53,6 +63,7 @@ class Line:
         self._mailboxes: dict[RequestId, Mailbox] = {}
         self._status_waiters: list[asyncio.Future[Status]] = []
         self._invite_waiters: list[asyncio.Future[str]] = []
+        self._drain_waiters: list[asyncio.Future[None]] = []
         self._connection: Connection | None = connection
         self._cause = CoordinatorLost(f"there was no connection to {self._where} yet")
         self._changed = asyncio.Event()  # there is a connection again, or the end of the line
@@ -100,6 +111,10 @@ class Line:
     async def invite(self, trusted: bool) -> str:
         """Ask for a join link; raises CoordinatorLost, AccessRefused."""
         return await self._ask(InviteRequest(trusted=trusted), self._invite_waiters)
+
+    async def drain(self, worker: WorkerId) -> None:
+        """Have a worker hand over and leave; returns when that was taken note of. Raises CoordinatorLost."""
+        await self._ask(Drain(worker=worker), self._drain_waiters)
 
     async def close(self) -> None:
         """Cancel what is open and hang up; safe to call twice."""
@@ -214,6 +229,8 @@ class Line:
                     _answer(waiter, status)
             case Invitation():
                 _answer(next((one for one in self._invite_waiters if not one.done()), None), message.link)
+            case Draining():
+                _answer(next((one for one in self._drain_waiters if not one.done()), None), None)
             case ErrorReport() if not message.request:
                 self._fail(message.error())
             case Welcome():
@@ -235,7 +252,7 @@ class Line:
         self._fail_waiters(error)
 
     def _fail_waiters(self, error: ManyhandsError) -> None:
-        waiters: list[asyncio.Future[Any]] = [*self._status_waiters, *self._invite_waiters]
+        waiters: list[asyncio.Future[Any]] = [*self._status_waiters, *self._invite_waiters, *self._drain_waiters]
         for waiter in waiters:
             if not waiter.done():
                 waiter.set_exception(error)

@@ -153,6 +153,10 @@ class Client:
         """Return a fresh join link for one worker."""
         return self._loop.call(self._client.invite(trusted))
 
+    def drain(self, worker: str) -> None:
+        """Let a worker hand over what it does and leave."""
+        self._loop.call(self._client.drain(worker))
+
     def close(self) -> None:
         """Stop what is running and hang up for good; safe to call twice."""
         self._end()

@@ -302,7 +302,7 @@ class Control:
                 if self._connection is not None:
                     self._connection.say(message)
             case AskToLeave(reason=reason):
-                _log.info("handing over before leaving: %s", reason)
+                _log.info("%s: handing over before leaving; a second time ends at once", reason)
                 self._ask_to_leave(reason)
             case End(reason=reason):
                 _log.info("ending: %s", reason)

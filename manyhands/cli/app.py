@@ -26,6 +26,7 @@ COMMANDS = {
     "ask": ("ask", "Continue a text."),
     "chat": ("chat", "Talk with the model."),
     "status": ("status", "Show what the cluster looks like."),
+    "drain": ("drain", "Let a worker hand over and leave."),
     "invite": ("invite", "Print a join link for one more worker."),
     "demo": ("demo", "Watch a small model run on three workers on this machine."),
     "version": ("version", "Print the release."),

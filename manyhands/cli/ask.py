@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from manyhands.cli.flags import Configuration, print_settings, settings_options
-from manyhands.cli.follow import follow, json_text, stats_text
+from manyhands.cli.follow import follow, json_text, legs_text, provenance_option, stats_text
 from manyhands.cli.screen import WaitNote, console
 from manyhands.cli.status import show_memory
 from manyhands.client import AsyncClient
@@ -27,12 +27,13 @@ def command() -> click.Command:
         *settings_options(ClientConfig),
         click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object when the answer is complete."),
         click.Option(["--stats"], is_flag=True, help="Say at the end how long it took (on standard error)."),
+        provenance_option(),
     ]
     text = "Continue PROMPT (or standard input, when PROMPT is - or absent) and print what comes, as it comes."
     return click.Command("ask", params=parameters, callback=run, help=text)
 
 
-def run(prompt: str | None, as_json: bool, stats: bool, **given: Any) -> None:
+def run(prompt: str | None, as_json: bool, stats: bool, provenance: bool, **given: Any) -> None:
     """Ask and print; raises what the client raises."""
     loaded = Configuration(given).load(ClientConfig, "client")
     if given["print_config"]:
@@ -40,17 +41,19 @@ def run(prompt: str | None, as_json: bool, stats: bool, **given: Any) -> None:
         return
     config = loaded.config
     config.options()
-    asyncio.run(_ask(config, _prompt(prompt), as_json=as_json, stats=stats))
+    asyncio.run(_ask(config, _prompt(prompt), as_json=as_json, stats=stats, provenance=provenance))
 
 
-async def _ask(config: ClientConfig, prompt: str, *, as_json: bool, stats: bool) -> None:
+async def _ask(config: ClientConfig, prompt: str, *, as_json: bool, stats: bool, provenance: bool) -> None:
     async with AsyncClient(config.link or None, config.timeout_s, config.reconnect_s) as client:
         stream = await client.generate(prompt, stream=True, **config.options())
         with WaitNote() as note:
             answer = await follow(stream, _drop if as_json else _write, note.say)
         click.echo(json_text(answer) if as_json else "")
+        out = console()
+        if provenance:
+            out.print(legs_text(answer.legs))
         if stats:
-            out = console()
             out.print(stats_text(answer))
             show_memory(out, await client.status())
 

@@ -13,10 +13,11 @@ from typing import Any
 import click
 
 from manyhands.cli.flags import Configuration, print_settings, settings_options
-from manyhands.cli.follow import follow
-from manyhands.cli.screen import WaitNote
+from manyhands.cli.follow import follow, legs_text, provenance_option
+from manyhands.cli.screen import WaitNote, console
 from manyhands.client import AsyncClient
 from manyhands.config import ClientConfig
+from manyhands.results import Generation
 from protocol.errors import ManyhandsError
 from protocol.exits import tell
 
@@ -29,12 +30,13 @@ def command() -> click.Command:
     parameters: list[click.Parameter] = [
         *settings_options(ClientConfig),
         click.Option(["--system"], help="Tell the model beforehand how to answer."),
+        provenance_option(),
     ]
     text = "Talk with the model. Ctrl-C stops an answer, Ctrl-D ends; /new forgets what was said."
     return click.Command("chat", params=parameters, callback=run, help=text)
 
 
-def run(system: str | None, **given: Any) -> None:
+def run(system: str | None, provenance: bool, **given: Any) -> None:
     """Read lines and answer them until the end of input; raises what the client raises before the first line."""
     loaded = Configuration(given).load(ClientConfig, "client")
     if given["print_config"]:
@@ -46,7 +48,8 @@ def run(system: str | None, **given: Any) -> None:
     with asyncio.Runner() as runner:
         client = runner.run(_greet(loaded.config))
         try:
-            _talk(runner, client, loaded.config, [{"role": "system", "content": system}] if system else [])
+            beginning = [{"role": "system", "content": system}] if system else []
+            _talk(runner, client, loaded.config, beginning, provenance=provenance)
         finally:
             runner.run(client.close())
 
@@ -55,7 +58,9 @@ async def _greet(config: ClientConfig) -> AsyncClient:
     return await AsyncClient(config.link or None, config.timeout_s, config.reconnect_s).__aenter__()
 
 
-def _talk(runner: asyncio.Runner, client: AsyncClient, config: ClientConfig, beginning: list[Message]) -> None:
+def _talk(
+    runner: asyncio.Runner, client: AsyncClient, config: ClientConfig, beginning: list[Message], *, provenance: bool
+) -> None:
     messages = list(beginning)
     while (line := _read_line()) is not None:
         if line.strip() == "/new":
@@ -66,7 +71,9 @@ def _talk(runner: asyncio.Runner, client: AsyncClient, config: ClientConfig, beg
         said: list[str] = []
         asked = [*messages, {"role": "user", "content": line}]
         try:
-            runner.run(_answer(client, config, asked, said))
+            answer = runner.run(_answer(client, config, asked, said))
+            if provenance:
+                console().print(legs_text(answer.legs))
         except KeyboardInterrupt:
             click.echo(" [stopped]")
         except ManyhandsError as error:  # a worker may be back for the next question
@@ -76,7 +83,7 @@ def _talk(runner: asyncio.Runner, client: AsyncClient, config: ClientConfig, beg
         messages = [*asked, {"role": "assistant", "content": "".join(said)}]
 
 
-async def _answer(client: AsyncClient, config: ClientConfig, messages: list[Message], said: list[str]) -> None:
+async def _answer(client: AsyncClient, config: ClientConfig, messages: list[Message], said: list[str]) -> Generation:
     def write(text: str) -> None:
         said.append(text)
         sys.stdout.write(text)
@@ -84,8 +91,9 @@ async def _answer(client: AsyncClient, config: ClientConfig, messages: list[Mess
 
     stream = await client.chat(messages, stream=True, **config.options())
     with WaitNote() as note:
-        await follow(stream, write, note.say)
+        answer = await follow(stream, write, note.say)
     click.echo()
+    return answer
 
 
 def _read_line() -> str | None:

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+
+import click
 
 from manyhands.client import AsyncGenerationStream
 from manyhands.results import Generation
+from protocol.messages import Leg
 
 LOOK_EVERY_S = 0.5
 
@@ -50,6 +53,23 @@ def stats_text(answer: Generation) -> str:
         f"{answer.usage.completion_tokens} tokens ({answer.usage.prompt_tokens} in the prompt), "
         f"first after {first_ms:.0f} ms, {answer.tokens_per_second:.1f} tokens/s, ended by {answer.finish_reason.value}"
     )
+
+
+def provenance_option() -> click.Option:
+    """Return the flag that has `legs_text` printed."""
+    return click.Option(["--provenance"], is_flag=True, help="Say at the end who computed what (on standard error).")
+
+
+def legs_text(legs: Sequence[Leg]) -> str:
+    """Return who computed an answer, in lines: for every plan its tokens, its stages, and why the one before ended."""
+    lines = []
+    for number, leg in enumerate(legs):
+        end = f" to {legs[number + 1].start}" if number + 1 < len(legs) else " on"
+        why = f", after {leg.cause}" if leg.cause else ""
+        again = f"; {leg.repeated} positions were computed again" if leg.repeated else ""
+        lines.append(f"from token {leg.start + 1}{end}: plan {leg.words}{why}{again}")
+        lines += [f"  {stage}" for stage in leg.stages]
+    return "\n".join(lines)
 
 
 def json_text(answer: Generation) -> str:

@@ -5,7 +5,7 @@ Knows nothing of terminals, sockets or clocks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from manyhands.cli.screen import bytes_text
@@ -17,7 +17,10 @@ SMOOTHING = 0.3  # weight of the newest rate: a pause of a second must not doubl
 
 def news(before: Tree, after: Tree) -> list[str]:
     """Return what happened between two statuses: who came, what the coordinator tells of it, phases, states."""
-    return [*_came(before, after), *_events(before, after), *_states(before, after), *_phase(before, after)]
+    told = new_events(before, after)
+    events = [text for text in told if text != "ready" and not text.endswith(" is here")]  # of these others tell more
+    people = [*_came(before, after), *events, *_went(before, after, told), *_states(before, after)]
+    return people + _phase(before, after)
 
 
 def new_events(before: Tree, after: Tree) -> list[str]:
@@ -35,9 +38,11 @@ def _came(before: Tree, after: Tree) -> list[str]:
     return [f"{one['name']} joined ({_device(one)})" for one in after.get("workers", []) if one["name"] not in was]
 
 
-def _events(before: Tree, after: Tree) -> list[str]:
-    """What is told in more words by others is left out."""
-    return [text for text in new_events(before, after) if text != "ready" and not text.endswith(" is here")]
+def _went(before: Tree, after: Tree, told: Iterable[str]) -> list[str]:
+    """Who is gone without an event that tells it: those that had no part in the plan."""
+    now = {worker["name"] for worker in after.get("workers", [])}
+    names = [worker["name"] for worker in before.get("workers", []) if worker["name"] not in now]
+    return [f"{name} is gone" for name in names if not any(text.startswith(f"{name} ") for text in told)]
 
 
 def _states(before: Tree, after: Tree) -> list[str]:

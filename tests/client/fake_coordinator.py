@@ -20,6 +20,8 @@ from protocol.messages import (
     Accepted,
     Cancel,
     ClientHello,
+    Drain,
+    Draining,
     Finished,
     FinishReason,
     Generate,
@@ -52,6 +54,7 @@ class FakeCoordinator:
         self.peers: list[bytes] = []
         self.on_generate: Answer = speak("hello")
         self.on_resume: Answer = refuse(RequestUnknown("never heard of it"))
+        self.on_drain: Callable[[str], None] = self.lose
         self.answers_status = True
         self.status: dict[str, Any] = {"phase": "ready"}
         self.greets = True
@@ -78,6 +81,11 @@ class FakeCoordinator:
 
     def of(self, kind: type) -> list[Any]:
         return [message for message in self.seen if isinstance(message, kind)]
+
+    def lose(self, worker: str) -> None:
+        """Report this worker no more."""
+        rest = [one for one in self.status["workers"] if one["name"] != worker]
+        self.status = {**self.status, "workers": rest}
 
     async def until(self, holds: Callable[[], bool]) -> None:
         """Wait until something that was received makes the condition true."""
@@ -113,6 +121,9 @@ class FakeCoordinator:
                 self.say(to, WELCOME)
             case StatusRequest() if self.answers_status:
                 self.say(to, StatusReport(), json.dumps(self.status).encode())
+            case Drain():
+                self.on_drain(message.worker)
+                self.say(to, Draining(worker=message.worker))
             case InviteRequest():
                 self.say(to, Invitation(link=f"a link, trusted {message.trusted}"))
             case Cancel():

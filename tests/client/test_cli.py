@@ -8,20 +8,21 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 from click.testing import CliRunner
-from fake_coordinator import FakeCoordinator, begin, fake_in_thread, go_on, refuse, speak
+from fake_coordinator import FakeCoordinator, begin, fake_in_thread, finished, go_on, refuse, speak
 from status_samples import READY
 
 from manyhands.cli import main
 from manyhands.cli.app import COMMANDS, root
 from protocol import exits
 from protocol.errors import Overloaded, PeerLost, RequestInvalid
-from protocol.messages import Cancel, Generate
+from protocol.messages import Cancel, Drain, FinishReason, Generate, Leg
 from protocol.security import KeyPair, Link
 
 Capture = pytest.CaptureFixture[str]
@@ -111,12 +112,12 @@ def test_an_unknown_key_of_the_file_is_named(tmp_path: Path, capsys: Capture) ->
     assert "'max_tokenz'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["ask", "chat", "status", "invite", "demo", "up", "join"])
+@pytest.mark.parametrize("command", ["ask", "chat", "status", "invite", "demo", "up", "join", "drain"])
 def test_print_config_shows_no_secret(command: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     keys = KeyPair.generate()
     link = Link(role="ask", addresses=("h:1",), server_key=keys.public, secret=keys.secret).format()
     monkeypatch.setenv("MANYHANDS_LINK", link)
-    assert main([command, "--print-config"]) == 0
+    assert main([command, *(["w1"] if command == "drain" else []), "--print-config"]) == 0
     out = capsys.readouterr().out
     assert link.rpartition(".")[2] not in out
     assert out.startswith("[")
@@ -249,6 +250,41 @@ def test_status_for_people_and_for_programs(fake: FakeCoordinator, capsys: Captu
 def test_invite(fake: FakeCoordinator, capsys: Capture) -> None:
     assert main(["invite"]) == main(["invite", "--trusted"]) == 0
     assert capsys.readouterr().out == "a link, trusted False\na link, trusted True\n"
+
+
+def test_drain_watches_until_the_worker_is_gone(fake: FakeCoordinator, capsys: Capture) -> None:
+    assert main(["drain", "w2"]) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == "w2 has handed over and left"
+    assert [message.worker for message in fake.of(Drain)] == ["w2"]
+
+
+def test_drain_of_a_stranger_is_refused_by_name(fake: FakeCoordinator, capsys: Capture) -> None:
+    assert main(["drain", "w9"]) == exits.DATA
+    assert "no worker 'w9'; there are w1, w2, w3" in capsys.readouterr().err
+    assert fake.of(Drain) == []
+
+
+def test_drain_of_one_that_cannot_be_spared(fake: FakeCoordinator, capsys: Capture) -> None:
+    def refuse_to(worker: str) -> None:
+        fake.status = {**fake.status, "events": [{"ago_s": 0.1, "text": f"{worker} can't be spared: no room"}]}
+
+    fake.on_drain = refuse_to
+    assert main(["drain", "w1"]) == exits.CONFIG
+    assert "error: w1 can't be spared: no room" in capsys.readouterr().err
+
+
+def test_ask_and_chat_tell_who_computed_what(
+    fake: FakeCoordinator, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def answer(fake: FakeCoordinator, to: bytes, message: Any, payload: bytes) -> None:
+        leg = Leg(epoch=1, start=0, words="1/1", stages=("layers 0 to 1: a",))
+        fake.say(to, replace(finished(message.request, FinishReason.STOP, 0), legs=(leg,)))
+
+    fake.on_generate = answer
+    assert main(["ask", "hi", "--provenance"]) == 0
+    assert capsys.readouterr().err == "from token 1 on: plan 1/1\n  layers 0 to 1: a\n"
+    assert chat("one\n", monkeypatch, "--provenance") == 0
+    assert capsys.readouterr().err == "from token 1 on: plan 1/1\n  layers 0 to 1: a\n"
 
 
 def test_version(capsys: Capture) -> None:

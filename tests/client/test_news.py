@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from status_samples import PLAN, READY, member, status, worker
 
+from manyhands.cli.drain import is_gone
+from manyhands.cli.follow import legs_text
 from manyhands.cli.news import LoadMeter, news
 from manyhands.cli.screen import bytes_text, console, count_text, table
 from manyhands.cli.tables import (
@@ -27,7 +29,8 @@ from manyhands.cli.tables import (
     worker_rows,
 )
 from manyhands.progress import StartWatch, essence
-from protocol.errors import DeadlineExceeded
+from protocol.errors import DeadlineExceeded, PlanImpossible
+from protocol.messages import Leg
 
 
 def test_the_plan_as_rows() -> None:
@@ -114,6 +117,8 @@ NEWS = [
     (status(workers=[worker("w3", state=PAUSED)]), status(workers=[worker("w3", state="leaving")]), []),
     (status(workers=[worker("w3", state=WAIT_9)]), status(workers=[worker("w3", state=WAIT_8)]), []),
     (READY, status(events=told("w4 is here", "w3 is gone", "ready")), ["w3 is gone"]),
+    (READY, status(workers=READY["workers"][:2]), ["w3 is gone"]),
+    (READY, status(workers=READY["workers"][:2], events=told("w3 was silent")), ["w3 was silent"]),
     (status(events=told("a", "b")), status(events=told("a", "b")), []),
     (status(events=told("a", "a")), status(events=told("a", "a", "a")), ["a"]),
     (status(events=told("a", "b", "c")), status(events=told("c", "d", "e")), ["d", "e"]),
@@ -182,3 +187,36 @@ def test_sizes_and_counts() -> None:
     assert [bytes_text(size) for size, _ in SIZES] == [text for _, text in SIZES]
     assert [count_text(number) for number, _ in COUNTS] == [text for _, text in COUNTS]
     assert all(len(bytes_text(a)) <= 8 for a in itertools.accumulate([1] + [7] * 14, lambda a, b: a * b))
+
+
+LEAVING = status(workers=[worker("w3", state="leaving: it hands over first")])
+GONE = [
+    (READY, status(workers=READY["workers"][:2]), True),
+    (READY, READY, False),
+    (READY, LEAVING, False),
+    (READY, LEAVING | {"events": told("w3 can't be spared: no room")}, False),
+    (READY, status(events=told("w3 is gone: it left", "w3 is here")), True),
+    (status(events=told("w3 is here")), status(events=told("w3 is here", "w2 is here")), False),
+]
+
+
+@pytest.mark.parametrize(("before", "after", "gone"), GONE)
+def test_when_a_drained_worker_is_gone(before: dict[str, Any], after: dict[str, Any], gone: bool) -> None:
+    assert is_gone(before, after, "w3") is gone
+
+
+def test_a_worker_that_cannot_be_spared_is_told_so() -> None:
+    with pytest.raises(PlanImpossible, match="w3 can't be spared: no room"):
+        is_gone(READY, status(events=told("w3 wants to leave: somebody asked", "w3 can't be spared: no room")), "w3")
+
+
+def test_who_computed_an_answer() -> None:
+    first = Leg(epoch=1, start=0, words="1/1", stages=("layers 0 to 3: a, b", "layers 4 to 5: c"))
+    second = Leg(epoch=2, start=40, words="1", stages=("layers 0 to 5: a, b",), repeated=63, cause="c is gone")
+    assert legs_text([first, second]).splitlines() == [
+        "from token 1 to 40: plan 1/1",
+        "  layers 0 to 3: a, b",
+        "  layers 4 to 5: c",
+        "from token 41 on: plan 1, after c is gone; 63 positions were computed again",
+        "  layers 0 to 5: a, b",
+    ]

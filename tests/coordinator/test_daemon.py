@@ -27,12 +27,17 @@ from protocol.messages import (
     Accepted,
     Cancel,
     ClientHello,
+    Drain,
+    Draining,
     Enroll,
     ErrorReport,
     Finished,
     FinishReason,
+    Goodbye,
     Hello,
     LinkHello,
+    Load,
+    Loaded,
     Piece,
     Relay,
     Release,
@@ -40,6 +45,8 @@ from protocol.messages import (
     StatusReport,
     StatusRequest,
     StepDone,
+    Stock,
+    Stocked,
     TileChunk,
     TileRequest,
     Waiting,
@@ -457,6 +464,25 @@ async def test_bad_requests_are_told_and_harm_nobody(model: Path, tmp_path: Path
             assert (error.request, error.code) == (name, code)
         head.gate.set()
         assert (await answer(client))[0] == "hello"
+
+
+async def test_a_drained_worker_is_told_goodbye_once_it_is_not_needed(model: Path, tmp_path: Path) -> None:
+    async with running(model, tmp_path, workers=1) as cluster:
+        await cluster.worker("desk", trusted=True)
+        pi = await cluster.worker("pi")
+        client = await cluster.client()
+        await until_phase(client, "ready")
+        await pi.leave_control()
+        for name in ("pi", "nobody"):
+            await client.send(Drain(worker=WorkerId(name)))
+            assert (await client.expect(Draining)).worker == name
+        while not isinstance(message := (await pi.control.receive())[0], Goodbye):
+            if isinstance(message, Load):  # it has no part in this plan
+                await pi.control.send(
+                    Loaded(epoch=message.plan.epoch, weight_bytes=0, fetched_bytes=0, resident_bytes=1, load_s=0.0)
+                )
+            if isinstance(message, Stock):
+                await pi.control.send(Stocked(order=message.order, done_bytes=0, total_bytes=0, is_over=True))
 
 
 # ---------------------------------------------------------------- hostile frames
