@@ -37,6 +37,7 @@ from protocol.messages import (
     Probe,
     Reached,
     Release,
+    Stock,
     Unload,
     Welcome,
 )
@@ -69,7 +70,7 @@ from worker.events import (
     ordered_by,
 )
 from worker.executor import Executor
-from worker.fetching import fetch_for_plan
+from worker.fetching import Fetching, StockOrder
 from worker.groups import most_telling
 from worker.identity import Home, Identity
 from worker.links import Links
@@ -107,7 +108,7 @@ class Control:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._connection: Connection | None = None
         self._group: asyncio.TaskGroup | None = None
-        self._fetch: asyncio.Task[None] | None = None
+        self._fetching = Fetching(self._tiles, self._store, self._apply)
         self._hold: asyncio.TimerHandle | None = None
         self._lease = Lease(3.0)
         self._reached_at: dict[WorkerId, str] = {}
@@ -207,13 +208,14 @@ class Control:
                 self._group = group
                 group.create_task(connection.write())
                 group.create_task(connection.watch())
+                group.create_task(self._fetching.serve(connection, self._state.worker))
                 group.create_task(self._beat(connection, welcome))
                 group.create_task(self._listen(connection))
                 group.create_task(self._owner.watch())
         except BaseExceptionGroup as group_error:
             raise most_telling(group_error) from None
         finally:
-            self._group = self._fetch = None
+            self._group = None
 
     async def _beat(self, connection: Connection, welcome: Welcome) -> None:
         """Send heartbeats; raises CoordinatorLost when the lease is over."""
@@ -244,6 +246,10 @@ class Control:
                 entries = unpack_manifest(payload)
                 self._tiles.ordered(entries, message.links, message.holders)
                 self._apply(ordered_by(message, entries))
+            case Stock():
+                entries = unpack_manifest(payload)
+                self._tiles.ordered(entries, (), message.holders)
+                self._fetching.stock(StockOrder(message, entries))
             case Unload():
                 _log.info("epoch %d is over: %s", message.epoch, message.reason)
                 self._apply(Unloaded(epoch=message.epoch))
@@ -285,11 +291,10 @@ class Control:
                     Begin(plan=plan, links=tuple(best_first(link, self._reached_at) for link in links), kv=kv)
                 )
             case StartFetch(epoch=epoch):
-                self._fetch = self._spawn(self._fetch_tiles(effect, self._fetch))
+                self._fetching.for_plan(effect)
                 _log.info("epoch %d: %d tiles", epoch, len(effect.entries))
             case StopFetch():
-                if self._fetch is not None:
-                    self._fetch.cancel()
+                self._fetching.stop()
             case StartLoad(epoch=epoch, entries=entries):
                 self._executor.submit(LoadTiles(epoch=epoch, entries=entries))
             case HoldPlan(epoch=epoch):
@@ -337,9 +342,3 @@ class Control:
         reached = await probe(self._context, self._identity.keys, own, asked.peers)
         self._reached_at.update(reached)
         connection.say(Reached(probe=asked.probe, workers=tuple(reached)))
-
-    async def _fetch_tiles(self, effect: StartFetch, before: asyncio.Task[None] | None) -> None:
-        if before is not None:
-            await asyncio.wait((before,))
-        if self._connection is not None:
-            self._apply(await fetch_for_plan(self._connection, self._tiles, self._state.worker, effect))

@@ -255,6 +255,7 @@ async def test_a_coordinator_of_a_lower_term_is_not_obeyed_and_dialled_again(tmp
 @pytest.mark.asyncio
 async def test_a_goodbye_ends_the_worker_well(tmp_path: Path) -> None:
     async with coordinator() as one:
+        one.lease_s = DEADLINE_S
         task = asyncio.create_task(Control(config_of(tmp_path, one.link)).serve())
         await one.until(lambda: bool(one.of(Heartbeat)))
         await one.say(Goodbye(reason="drained"))
@@ -267,6 +268,7 @@ async def test_a_goodbye_ends_the_worker_well(tmp_path: Path) -> None:
 @pytest.mark.parametrize("end", ["goodbye", "asked again", "standard input"])
 async def test_who_has_a_part_in_a_plan_asks_before_it_leaves(tmp_path: Path, end: str) -> None:
     async with coordinator() as one:
+        one.lease_s = DEADLINE_S
         control = Control(config_of(tmp_path, one.link))
         task = asyncio.create_task(control.serve())
         await one.until(lambda: bool(one.of(Heartbeat)))
@@ -288,6 +290,7 @@ async def test_who_has_a_part_in_a_plan_asks_before_it_leaves(tmp_path: Path, en
 @pytest.mark.asyncio
 async def test_nobody_takes_over_in_time(tmp_path: Path) -> None:
     async with coordinator() as one:
+        one.lease_s = DEADLINE_S
         control = Control(config_of(tmp_path, one.link, leave_timeout_s=0.01))
         task = asyncio.create_task(control.serve())
         await one.until(lambda: bool(one.of(Heartbeat)))
