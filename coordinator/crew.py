@@ -43,24 +43,21 @@ class Crew:
         self.seats = seats
         self._was_whole = True
 
-    def signature(self, members: Iterable[Member] | None = None) -> frozenset[object]:
-        """Return what tells one crew from another: names and incarnations."""
-        return frozenset((one.worker, one.incarnation) for one in (self._registry if members is None else members))
-
     def missing(self, now: float) -> str:
         """Say which workers are still wanted; empty when there are enough.
 
         The first plan waits for all that were asked for; later ones go on with who is left, but for a while after the
         coordinator's own restart.
         """
-        here = [member.worker for member in self._registry]
+        num_here = len(self._registry)
         if self._registry.head is None:
-            return f"waiting for a trusted worker to be the head; {len(here)} other workers are here"
+            return f"waiting for a trusted worker to be the head; {num_here} other workers are here"
         if self._awaits_return:
             return self._missing_after_restart(now)
         wanted = self._request.num_workers or self._policy.workers
-        if not self._was_whole and len(here) < wanted:
-            return f"waiting for {wanted - len(here)} of {wanted} workers; here: {', '.join(here)}"
+        if not self._was_whole and num_here < wanted:
+            here = ", ".join(member.worker for member in self._registry)
+            return f"waiting for {wanted - num_here} of {wanted} workers; here: {here}"
         return ""
 
     def _missing_after_restart(self, now: float) -> str:
@@ -112,15 +109,15 @@ class Crew:
             if member.is_own_wish:
                 effects += self._dismiss(member, "nobody could take over")
             else:
-                member.is_leaving = False
+                self._registry.mark_staying(member)
         return effects
 
     def dismiss(self, needed: Collection[WorkerId]) -> list[SendControl]:
         """Say goodbye to those who want to leave and are not needed any more; a head alone is let go as it is."""
         effects = []
-        for member in self._registry:
+        for member in self._registry.leaving:
             alone = member is self._registry.head and member.is_own_wish
-            if member.is_leaving and (member.worker not in needed or alone):
+            if member.worker not in needed or alone:
                 effects += self._dismiss(member, "handed over")
         return effects
 

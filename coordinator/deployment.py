@@ -78,7 +78,7 @@ class Deployment:
         self._loads: Loads | None = None
         self._readiness = Readiness(spares={}, copies=())
         self._serving: Serving | None = None
-        self._refused_for: frozenset[object] | None = None
+        self._refused_for = -1  # the revision of the registry for which there is no plan
         self._is_stopped = False
         self._failures = 0
         self._retry_at = 0.0
@@ -116,7 +116,7 @@ class Deployment:
     @property
     def refusal(self) -> ManyhandsError | None:
         """Why no plan fits the workers that are here; None while one may."""
-        is_same_crew = self._refused_for is not None and self._refused_for == self.crew.signature()
+        is_same_crew = self._refused_for == self._registry.revision
         return self.error if is_same_crew and self.phase is Phase.WAITING else None
 
     def progress_text(self) -> str:
@@ -219,12 +219,12 @@ class Deployment:
         if missing:
             self._enter(Phase.WAITING, missing)
             return []
-        if now < self._retry_at or self._refused_for == self.crew.signature():
+        if now < self._retry_at or self._refused_for == self._registry.revision:
             return []
         try:
             draft = self._drafter.draft(self.crew.seats, now, epoch=self.epoch + 1, reach=self._reach.pairs)
         except (PlanImpossible, BudgetTooSmall) as error:
-            self.error, self._refused_for = error, self.crew.signature()
+            self.error, self._refused_for = error, self._registry.revision
             self.story.tell(now, f"no plan: {error.message}")
             self._enter(Phase.WAITING, str(error))
             return []

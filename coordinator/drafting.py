@@ -6,8 +6,10 @@ Knows nothing of time's passing, links or sessions.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from coordinator.memory import Candidate, KvRoom, kv_room
 from coordinator.planner import PlanRequest, Reach, make_plan
@@ -49,6 +51,14 @@ def _holdings(plan: Plan) -> tuple[object, ...]:
     return (plan.head, *((stage.layers, stage.members) for stage in plan.stages))
 
 
+class Usable(NamedTuple):
+    """The members that a plan should use, in their order; `number` rises when these are others than before."""
+
+    number: int
+    members: tuple[Member, ...]
+    names: frozenset[WorkerId]
+
+
 class Drafter:
     """Drafts plans of one request over the members of a registry."""
 
@@ -56,11 +66,24 @@ class Drafter:
         self._request = request
         self._registry = registry
         self._probation = probation
+        self._usable = Usable(0, (), frozenset())
+        self._revision = -1  # of the registry, for which this is so
+        self._until = 0.0  # somebody's probation ends
 
-    def usable(self, now: float) -> list[Member]:
+    def usable(self, now: float) -> Usable:
         """Return the members that a plan should use; the head in any case."""
+        if self._revision == self._registry.revision and now < self._until:
+            return self._usable
         head = self._registry.head
-        return [member for member in self._registry if member is head or self._is_usable(member, now)]
+        able = [member for member in self._registry if member is head or self._is_willing(member)]
+        left_s = {member.worker: self._probation.left_s(member.worker, now) for member in able}
+        members = tuple(member for member in able if member is head or not left_s[member.worker])
+        self._until = min((now + wait_s for wait_s in left_s.values() if wait_s), default=math.inf)
+        self._revision = self._registry.revision
+        if members != self._usable.members:
+            names = frozenset(member.worker for member in members)
+            self._usable = Usable(self._usable.number + 1, members, names)
+        return self._usable
 
     def draft(self, seats: Seats, now: float, *, epoch: int, reach: Reach = frozenset()) -> Draft:
         """Return a plan over the usable members, and over those on probation as well when it takes them.
@@ -71,8 +94,8 @@ class Drafter:
         head = self._registry.head
         if head is None:
             raise InvariantBroken("a plan was begun without a head")
-        usable = self.usable(now)
-        willing = [member for member in self._registry if member in usable or self._is_willing(member)]
+        usable = self.usable(now).members
+        willing = [member for member in self._registry if member is head or self._is_willing(member)]
         try:
             return self._over(head, usable, seats, epoch, reach)
         except (PlanImpossible, BudgetTooSmall):
@@ -108,9 +131,6 @@ class Drafter:
         # Words are for the whole crew; of who is left everybody takes what it can.
         automatic = seat(replace(self._request, shares=None), head.worker, others, seats)
         return _draft(replace(automatic, seats=seating.seats), profiles, epoch, reach)
-
-    def _is_usable(self, member: Member, now: float) -> bool:
-        return self._is_willing(member) and not self._probation.left_s(member.worker, now)
 
     @staticmethod
     def _is_willing(member: Member) -> bool:

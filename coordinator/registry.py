@@ -64,13 +64,16 @@ class Registry:
         self._order: dict[WorkerId, int] = {}
         self._tiles: dict[WorkerId, set[TileId]] = {}
         self._incarnations = 0
+        self.revision = 0  # rises when somebody comes, goes, or can be used otherwise than before
+        self._head: tuple[int, Member | None] = (-1, None)
+        self._leaving: tuple[int, tuple[Member, ...]] = (-1, ())
 
     def __contains__(self, worker: WorkerId) -> bool:
         return worker in self._members
 
     def __iter__(self) -> Iterator[Member]:
         """Members in the order in which their names first appeared."""
-        return iter(sorted(self._members.values(), key=lambda member: member.order))
+        return iter(self._members.values())
 
     def __len__(self) -> int:
         return len(self._members)
@@ -87,6 +90,7 @@ class Registry:
     def join(self, event: WorkerJoined, now: float) -> Member:
         """Enter a worker; an older incarnation under the same name is replaced."""
         self._incarnations += 1
+        self.revision += 1
         lease = Lease(self._lease_s)
         lease.heard(now)
         member = Member(
@@ -101,12 +105,29 @@ class Registry:
             lease=lease,
             progress_at=now,
         )
+        is_last = member.order >= max((other.order for other in self._members.values()), default=-1)
         self._members[event.worker] = member
+        if not is_last:
+            self._members = dict(sorted(self._members.items(), key=lambda item: item[1].order))
         return member
 
     def leave(self, worker: WorkerId) -> Member | None:
         """Forget a worker; returns it, or None for a stranger."""
+        self.revision += worker in self._members
         return self._members.pop(worker, None)
+
+    def mark_leaving(self, worker: WorkerId, *, own_wish: bool) -> Member | None:
+        """Note that a worker is to hand over and go; returns it, or None for a stranger."""
+        member = self._members.get(worker)
+        if member is not None:
+            self.revision += 1
+            member.is_leaving, member.is_own_wish = True, member.is_own_wish or own_wish
+        return member
+
+    def mark_staying(self, member: Member) -> None:
+        """Note that a worker can't be spared after all."""
+        self.revision += 1
+        member.is_leaving = False
 
     def heard(self, worker: WorkerId, heartbeat: Heartbeat | None, now: float) -> Member | None:
         """Renew a worker's lease; returns it, or None for a stranger. Notes whether its progress counter moved."""
@@ -117,7 +138,8 @@ class Registry:
         if heartbeat is not None:
             if member.heartbeat is None or heartbeat.progress != member.heartbeat.progress:
                 member.progress_at = now
-            member.heartbeat = heartbeat
+            was_paused, member.heartbeat = member.paused, heartbeat
+            self.revision += bool(was_paused) != bool(heartbeat.paused)
         return member
 
     def note_tiles(self, worker: WorkerId, tiles: Iterable[TileId]) -> None:
@@ -145,5 +167,15 @@ class Registry:
     @property
     def head(self) -> Member | None:
         """The trusted worker that came first, one that does not leave if there is one; or None."""
-        trusted = [member for member in self if member.role is Role.HEAD]
-        return next((member for member in trusted if not member.is_leaving), next(iter(trusted), None))
+        if self._head[0] != self.revision:
+            trusted = [member for member in self if member.role is Role.HEAD]
+            found = next((member for member in trusted if not member.is_leaving), next(iter(trusted), None))
+            self._head = self.revision, found
+        return self._head[1]
+
+    @property
+    def leaving(self) -> tuple[Member, ...]:
+        """The members that are to hand over and go."""
+        if self._leaving[0] != self.revision:
+            self._leaving = self.revision, tuple(member for member in self if member.is_leaving)
+        return self._leaving[1]

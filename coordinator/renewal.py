@@ -47,7 +47,7 @@ class Renewal:
         self._change: Change | None = None
         self._better: Draft | None = None  # found, but maybe not worth a pause now
         self._pays_at = 0.0  # so many open requests
-        self._considered: frozenset[object] = frozenset()
+        self._considered = -1  # the usable workers for which this is so
 
     @property
     def reason(self) -> str:
@@ -78,21 +78,22 @@ class Renewal:
     def settled(self, now: float) -> None:
         """A plan is loaded that was made of all that is known now."""
         self._change = self._better = None
-        self._considered = self._crew.signature(self._drafter.usable(now))
+        self._considered = self._drafter.usable(now).number
 
     def drop(self) -> None:
         """Give up a change; the plan that serves goes on, or is over as well."""
         self._change = self._better = None
-        self._considered = frozenset()
+        self._considered = -1
         self._service.is_held = False
 
     def _seek(self, current: Draft, now: float, epoch: int) -> Outcome:
         usable = self._drafter.usable(now)
-        names = {member.worker for member in usable}
+        if usable.number == self._considered and self._better is None:
+            return Outcome([])
+        names = usable.names
         going = [worker for worker in current.plan.workers if worker in self._registry and worker not in names]
-        signature = self._crew.signature(usable)
-        if signature != self._considered:
-            self._considered, self._better = signature, None
+        if usable.number != self._considered:
+            self._considered, self._better = usable.number, None
             try:
                 draft = self._drafter.draft(self._crew.seats, now, epoch=epoch, reach=self._reach.pairs)
             except (PlanImpossible, BudgetTooSmall) as error:

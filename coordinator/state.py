@@ -247,11 +247,8 @@ class ClusterState:
 
     def _ask_to_leave(self, event: LeaveAsked, now: float) -> list[Effect]:
         """Note that a worker is to hand over and go; the plan does the rest."""
-        member = self._registry.get(event.worker)
-        if member is None:
+        if self._registry.mark_leaving(event.worker, own_wish=event.ask is not None) is None:
             return []
-        member.is_leaving = True
-        member.is_own_wish = member.is_own_wish or event.ask is not None
         reason = event.ask.reason if event.ask is not None else "somebody asked for it"
         self._deployment.story.tell(now, f"{event.worker} wants to leave: {reason}")
         return []
@@ -306,7 +303,7 @@ class ClusterState:
         limit_s = self._policy.step_timeout_s
         if sent_at is None or plan is None:
             return []
-        members = [member for member in self._registry if member.worker in plan.workers]
+        members = [member for worker in plan.workers if (member := self._registry.get(worker)) is not None]
         moved_at = max((member.progress_at for member in members), default=sent_at)
         if now - max(sent_at, moved_at) < limit_s and now - sent_at < SLOWEST_STEP * limit_s:
             return []

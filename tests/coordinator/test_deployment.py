@@ -341,9 +341,7 @@ def test_of_two_who_could_take_a_seat_the_one_with_tiles_does() -> None:
 
 
 def leave(stand: Stand, name: str, *, own_wish: bool = True) -> list[Effect]:
-    member = stand.registry.get(WorkerId(name))
-    assert member is not None
-    member.is_leaving, member.is_own_wish = True, own_wish
+    assert stand.registry.mark_leaving(WorkerId(name), own_wish=own_wish) is not None
     return stand.advance()
 
 

@@ -64,3 +64,26 @@ def test_progress_is_noted_when_the_counter_moves() -> None:
         assert member.progress_at == moved_at
     registry.heard(A, None, 4.0)
     assert member.progress_at == 3.0
+
+
+def test_the_revision_rises_when_somebody_comes_goes_or_can_be_used_otherwise() -> None:
+    registry = Registry(3.0)
+    paused = heartbeat("a", 1, paused="on battery").heartbeat
+    changes = (
+        lambda: registry.join(joined("a"), 0.0),
+        lambda: registry.heard(A, paused, 1.0),
+        lambda: registry.heard(A, heartbeat("a", 2).heartbeat, 1.0),
+        lambda: registry.mark_leaving(A, own_wish=False),
+        lambda: registry.mark_staying(registry.get(A)),
+        lambda: registry.leave(A),
+    )
+    for change in changes:
+        before = registry.revision
+        change()
+        assert registry.revision == before + 1
+    registry.join(joined("a"), 2.0)
+    before = registry.revision
+    registry.heard(A, heartbeat("a", 3, progress=7).heartbeat, 3.0)
+    registry.leave(WorkerId("x"))
+    assert registry.mark_leaving(WorkerId("x"), own_wish=True) is None
+    assert registry.revision == before

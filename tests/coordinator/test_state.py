@@ -34,6 +34,7 @@ from coordinator.events import (
     WorkerHeard,
 )
 from coordinator.policy import ClusterPolicy
+from coordinator.session import open_session
 from coordinator.state import ClusterState
 from protocol.errors import DeadlineExceeded, FrameMalformed, Overloaded, PeerLost, PlanImpossible
 from protocol.ids import SessionId, WorkerId
@@ -321,3 +322,34 @@ def test_time_never_runs_backwards() -> None:
 def test_a_policy_is_checked(name: str, value: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ClusterPolicy(**{name: value})  # type: ignore[arg-type]
+
+
+def test_a_crew_that_was_refused_is_tried_again_when_its_owner_lets_it_compute() -> None:
+    stand = Stand(ClusterPolicy(head_only=True))
+    effects = stand.tell(joined("b"), heartbeat("b", paused="on battery"), joined("head"))
+    assert sent(Load, effects) == sent(Probe, effects) == {}
+    assert set(sent(Probe, stand.tell(heartbeat("b")))) == {"head", "b"}
+
+
+def test_being_away_takes_no_time_from_steps_and_requests() -> None:
+    stand = Stand(ClusterPolicy(plan_words="1/1", step_timeout_s=5.0, form_timeout_s=10.0))
+    stand.form("head", "b")
+    stand.ask()
+    stand.now += 1000.0
+    assert sent(Unload, stand.tell(heartbeat("head"), Tick())) == {}
+    stand.tell(WorkerGone(worker=WorkerId("head"), reason=""))
+    stand.now += 1000.0
+    assert of(SessionFailed, stand.wait(9.0, "b")) == []
+    assert of(SessionFailed, stand.wait(2.0, "b")) != []
+
+
+def test_restored_sessions_wait_as_long_as_new_ones() -> None:
+    saved = [open_session(arrived(number), make_spec(), 1.0) for number in range(3)]
+    core = ClusterState(make_spec(), ClusterPolicy(max_sessions=1, form_timeout_s=10.0), term=2, saved=saved)
+    assert of(SessionFailed, [effect for now in range(1000, 1010) for effect in core.handle(Tick(), float(now))]) == []
+    stand = Stand()
+    stand.core, stand.now = core, 1010.5
+    effects = stand.settle(stand.tell(joined("head")))
+    (load,) = sent(Load, effects).values()
+    assert [carry.session for carry in load.carries] == [0]  # there is room for one, and only that one takes a place
+    assert [part.session for step in steps(effects) for part in step.rows] == [0]

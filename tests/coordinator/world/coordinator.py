@@ -173,7 +173,7 @@ class SimCoordinator(Node):
                     self._send(connection, "control", lambda: worker.on_control(connection, error))
             case TokensCommitted():
                 if self is self.world.primary:
-                    self.world.show(effect.session, effect.index, effect.tokens)
+                    self.world.show(effect.session, self.journal.requests[effect.session].answer)
             case SendStep(worker=name, step=step):
                 worker, tokens = self.world.workers[name], token_ids(effect.tokens).tolist()
                 self._to_worker(name, "data", lambda connection: worker.compute.on_step(connection, step, tokens))

@@ -117,7 +117,7 @@ def _policy_of(dice: random.Random, num_workers: int) -> ClusterPolicy:
         form_timeout_s=20.0,
         retry_most_s=4.0,
         max_sessions=dice.choice([1, 3, 8]),
-        max_waiting=dice.choice([2, 20]),
+        max_waiting=dice.choice([2, 20, 20]),
         prefill_chunk=dice.choice([4, 16]),
         spares=dice.choice([0, 0, 1, 2]),
         replicate_kv=dice.random() < 0.4,

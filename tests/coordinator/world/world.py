@@ -98,12 +98,12 @@ class World:
         assert epoch > self._highest.get(worker, 0), f"{worker} obeys {epoch} after {self._highest[worker]}"
         self._highest[worker] = epoch
 
-    def show(self, session: SessionId, index: int, tokens: tuple[int, ...]) -> None:
-        """A client is told tokens: each one once, or the same again by a coordinator that knew less."""
+    def show(self, session: SessionId, answer: list[int]) -> None:
+        """A client gets what it has not seen of an answer; what it has seen stays as it is, whoever tells it."""
         seen = self.seen.setdefault(session, [])
-        assert index <= len(seen)
-        assert seen[index : index + len(tokens)] == list(tokens)[: len(seen) - index]
-        seen += tokens[len(seen) - index :]
+        both = min(len(seen), len(answer))
+        assert seen[:both] == answer[:both]
+        seen += answer[both:]
 
     # ------------------------------------------------------------ faults
 
