@@ -56,6 +56,7 @@ def _session(entry: Entry, desk: Desk, now: float) -> Session:
         sampling=entry.order.sampling,
         stop_tokens=desk.stop_tokens(entry.order),
         arrived_at=now,
+        started_at=now,
     )
 
 

@@ -48,7 +48,8 @@ class Options:
     The same seed gives the same tokens. The text ends before the first of the `stop` strings.
 
     `request` names the request, for who may ask twice: the same name is the same request, computed once, whoever says
-    it until ten minutes after its end; "": a fresh name. Raises RequestInvalid naming the value.
+    it until ten minutes after its end, and stopped for all by who closes it early; "": a fresh name. Raises
+    RequestInvalid naming the value.
     """
 
     max_tokens: int = 128

@@ -52,6 +52,8 @@ def test_streams_go_on_over_a_killed_coordinator(house: House, checkpoint: Check
             for stream in (greedy, warm):
                 assert stream.result.usage.completion_tokens == NUM_TOKENS
                 assert stream.result.legs
+                timings = stream.result.timings
+                assert timings.queued_s <= timings.first_token_s <= timings.total_s
             return {name: (*first[name].token_ids, *rest[name]) for name in first}
 
     assert asyncio.run(run()) == undisturbed
