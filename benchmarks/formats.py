@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -60,7 +61,7 @@ def ours(dtype: str, threads: int) -> tuple[float, float]:
     return statistics.median(decode_s), statistics.median(prefill_s)
 
 
-def main(threads: int = 1, formats: tuple[str, ...] = FORMATS) -> None:
+def main(threads: int = 1, formats: Sequence[str] = FORMATS) -> None:
     """Measure each format between two runs of transformers."""
     folder = make_checkpoint(SHAPES["1b"], scratch("1b-bfloat16"), torch.bfloat16)
     rate = memory_rate(threads)

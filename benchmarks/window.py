@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks import formats
 from benchmarks.checkpoints import SHAPES, make_checkpoint
-from benchmarks.held import MemoryGroup
-from benchmarks.report import ROOT, scratch, table
+from benchmarks.held import DiskGroup, MemoryGroup, disk_rate, drop_page_cache, warm_page_cache
+from benchmarks.report import ROOT, scratch, table, where
 from benchmarks.single import prompt
 from manyhands import LocalCluster
 
 NEW_TOKENS = 10
 MB = 10**6
+FIXED_BYTES = 530 * MB  # the process itself, KV arena and one step's temporaries of the 1B shape
 
 
 class HeldCluster(LocalCluster):
@@ -25,13 +30,13 @@ class HeldCluster(LocalCluster):
 
     group: MemoryGroup | None = None
 
-    def _start_worker(self, name: str, settings: dict[str, str], *, trusted: bool) -> None:
+    def _start_worker(self, name: str, link: str) -> None:
         if self.group is None:
-            super()._start_worker(name, settings, trusted=trusted)
+            super()._start_worker(name, link)
             return
         self.group.enter()
         try:
-            super()._start_worker(name, settings, trusted=trusted)
+            super()._start_worker(name, link)
         finally:
             self.group.leave()
 
@@ -43,17 +48,16 @@ class Run(NamedTuple):
     token_s: float
     workers: list[dict[str, Any]]
     kills: int
+    disk_rate: float = float("inf")  # bytes a second, measured beside the run
 
     @property
     def worker(self) -> dict[str, Any]:
         """The first worker's status."""
         return self.workers[0]
 
-    @property
-    def bound_s(self) -> float:
-        """What reading alone takes: streamed bytes over the rate at which they were read."""
-        rate = self.worker["disk_bytes_per_s"]
-        return float(self.worker["streamed_bytes_per_step"] / rate) if rate else 0.0
+    def bound_s(self, compute_s: float) -> float:
+        """What a token takes at least: computing it, or reading what it streams at the rate the disk had before."""
+        return max(compute_s, float(self.worker["streamed_bytes_per_step"]) / self.disk_rate)
 
 
 def run(
@@ -64,21 +68,48 @@ def run(
     plan: str = "1",
     group: MemoryGroup | None = None,
     new: int = NEW_TOKENS,
+    page_cache: str = "cold",
+    disk_rate_held: int = 0,
 ) -> Run:
-    """Decode some tokens under a budget in bytes (None: all that is free)."""
+    """Decode some tokens under a budget in bytes (None: all that is free).
+
+    `page_cache`: cold or warm, of the blocks that stream. `disk_rate_held`: bytes a second that the disk may give.
+    """
     folder = make_checkpoint(SHAPES[shape], scratch(f"{shape}-bfloat16"), torch.bfloat16)
+    cache = scratch(f"window-{shape}-{dtype}")
     HeldCluster.group = group
+    disk = DiskGroup.make("manyhands-disk") if disk_rate_held else None
     with HeldCluster(
-        folder, plan=plan, dtype=dtype, memory=str(memory) if memory else None,
-        cache_dir=scratch(f"window-{shape}-{dtype}"), startup_timeout_s=600,
-    ) as cluster:  # fmt: skip
+        folder, plan=plan, dtype=dtype, memory=str(memory) if memory else None, cache_dir=cache, startup_timeout_s=600
+    ) as cluster:
         client = cluster.client(timeout_s=60)
+        blocks = _blocks(cache)
+        if memory and page_cache == "warm":
+            warm_page_cache(blocks)
+        elif memory and not drop_page_cache():
+            sys.exit("the page cache can't be dropped here")
+        rate = disk_rate(blocks) if memory and page_cache == "cold" and blocks else float("inf")
+        if disk is not None:
+            for worker in cluster.workers:
+                disk.take(worker.pid)
+            disk.hold(cache, disk_rate_held)
+            rate = disk_rate_held
         client.generate(prompt(8), max_tokens=2, ignore_eos=True)
         done = client.generate(prompt(8), max_tokens=new + 1, ignore_eos=True)
         time.sleep(1.0)  # the next heartbeat carries the counts
         status = cluster.status()
         kills = group.kills() if group else 0
-    return Run(done.token_ids, (done.timings.total_s - done.timings.first_token_s) / new, status["workers"], kills)
+    if disk is not None:
+        disk.remove()
+    token_s = (done.timings.total_s - done.timings.first_token_s) / new
+    return Run(done.token_ids, token_s, status["workers"], kills, rate)
+
+
+def _blocks(cache: Path) -> list[Path]:
+    """The largest files of a cache, which are the blocks."""
+    files = [path for path in cache.glob("**/tiles/*/*") if path.suffix != ".part"]
+    largest = max((path.stat().st_size for path in files), default=0)
+    return sorted(path for path in files if path.stat().st_size >= largest / 8)
 
 
 def offload(weight_bytes: int, limit_bytes: int) -> dict[str, Any]:
@@ -126,33 +157,50 @@ def contract() -> None:
     )
 
 
-def against_accelerate() -> None:
-    """The same memory for both: 30 % of the bf16 weights pinned or kept."""
+def against_accelerate(dtypes: Sequence[str] = formats.FORMATS) -> None:
+    """The same memory for both, 30 % of the weights, with the weights on disk alone and with all in the page cache."""
     rows = []
     keep = int(0.30 * weights("bfloat16"))
-    for cold in (True, False):
-        theirs = offload(keep, keep + 900 * MB if cold else 0)
-        for dtype in ("bfloat16", "int8", "int4"):
-            ours = run("1b", dtype, 240 * MB + 290 * MB + int(0.30 * weights(dtype)))
+    compute_s = {dtype: run("1b", dtype, None).token_s for dtype in dtypes}
+    for page_cache in ("cold", "warm"):
+        for dtype in dtypes:
+            theirs = offload(keep, keep + 900 * MB if page_cache == "cold" else 0)
+            ours = run("1b", dtype, FIXED_BYTES + int(0.30 * weights(dtype)), page_cache=page_cache)
             rows.append(
                 (
-                    "cold" if cold else "warm",
+                    page_cache,
                     dtype,
                     f"{ours.token_s:.2f}",
                     f"{theirs['token_s']:.2f}",
                     f"{theirs['token_s'] / ours.token_s:.1f}x",
                     f"{ours.worker['streamed_bytes_per_step'] / MB:.0f}",
                     f"{ours.worker['disk_bytes_per_s'] / MB:.0f}",
-                    f"{ours.token_s / max(ours.bound_s, 1e-9):.2f}x",
+                    f"{compute_s[dtype]:.2f}",
+                    f"{ours.token_s / ours.bound_s(compute_s[dtype]):.2f}x",
                     f"{ours.worker['stalled_share']:.0%}",
+                    f"{ours.worker['peak_bytes'] // MB} / {theirs['peak_bytes'] // MB}",
                 )
             )
     table(
         "(e2) Beside accelerate's disk offload (bf16), 1B shape, 30 % of the weights in memory, one thread",
-        ("page cache of accelerate", "ours", "s a token", "accelerate", "ratio", "MB read", "MB/s", "of the bound",
-         "waiting"),
+        ("page cache", "ours", "s a token", "accelerate", "ratio", "MB read", "MB/s", "all in memory, s",
+         "of the bound", "waiting", "peak MB"),
         rows,
     )  # fmt: skip
+
+
+def slow_disk(dtypes: Sequence[str] = formats.FORMATS, bytes_per_s: int = 80 * MB) -> None:
+    """A disk held to 80 MB/s, against streamed bytes over that rate."""
+    rows = []
+    for dtype in dtypes:
+        one = run("1b", dtype, FIXED_BYTES + int(0.30 * weights(dtype)), new=3, disk_rate_held=bytes_per_s)
+        read = one.worker["streamed_bytes_per_step"]
+        rows.append((dtype, f"{read / MB:.0f}", f"{one.token_s:.2f}", f"{one.token_s / (read / bytes_per_s):.2f}x"))
+    table(
+        f"(e2) The same on a disk held to {bytes_per_s // MB} MB/s",
+        ("format", "MB read a token", "s a token", "of the bound"),
+        rows,
+    )
 
 
 def budgets() -> None:
@@ -160,7 +208,7 @@ def budgets() -> None:
     rows = []
     whole = weights("bfloat16")
     for percent in (20, 40, 60, 80, 100):
-        one = run("1b", "bfloat16", 240 * MB + 290 * MB + whole * percent // 100 + (200 * MB if percent == 100 else 0))
+        one = run("1b", "bfloat16", FIXED_BYTES + whole * percent // 100 + (200 * MB if percent == 100 else 0))
         read = one.worker["streamed_bytes_per_step"] / MB
         rows.append((f"{percent} %", f"{read:.0f}", f"{one.token_s:.2f}", "#" * round(one.token_s * 20)))
     table("(e3) Pin what fits: 1B shape, bf16", ("weights in memory", "MB read a token", "s a token", ""), rows)
@@ -201,19 +249,30 @@ def steadiness(minutes: float = 10.0) -> None:
     )
 
 
-PARTS = {
+PARTS: dict[str, Callable[[], None]] = {
     "contract": contract,
-    "accelerate": against_accelerate,
     "budgets": budgets,
     "large": large,
     "steadiness": steadiness,
 }
 
 
-def main(names: list[str] | None = None) -> None:
-    """Run the parts that were named, or all."""
-    for name in names or list(PARTS):
-        PARTS[name]()
+BY_FORMAT: dict[str, Callable[[Sequence[str]], None]] = {
+    "accelerate": against_accelerate,
+    "slow-disk": slow_disk,
+    "formats": lambda dtypes: formats.main(1, dtypes),
+}
+
+
+def main(words: Sequence[str]) -> None:
+    """Run the parts that were named, or all; formats that are named too are the only ones measured."""
+    print(f"Measured on {where()}, load {os.getloadavg()[0]:.1f}: python -m benchmarks.window {' '.join(words)}")
+    dtypes = [word for word in words if word in formats.FORMATS] or formats.FORMATS
+    for name in [word for word in words if word not in formats.FORMATS] or [*PARTS, *BY_FORMAT]:
+        if name in BY_FORMAT:
+            BY_FORMAT[name](dtypes)
+        else:
+            PARTS[name]()
 
 
 if __name__ == "__main__":
