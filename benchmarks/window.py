@@ -70,6 +70,7 @@ def run(
     new: int = NEW_TOKENS,
     page_cache: str = "cold",
     disk_rate_held: int = 0,
+    length: int = 8,
 ) -> Run:
     """Decode some tokens under a budget in bytes (None: all that is free).
 
@@ -95,7 +96,7 @@ def run(
             disk.hold(cache, disk_rate_held)
             rate = disk_rate_held
         client.generate(prompt(8), max_tokens=2, ignore_eos=True)
-        done = client.generate(prompt(8), max_tokens=new + 1, ignore_eos=True)
+        done = client.generate(prompt(length), max_tokens=new + 1, ignore_eos=True)
         time.sleep(1.0)  # the next heartbeat carries the counts
         status = cluster.status()
         kills = group.kills() if group else 0
@@ -154,6 +155,32 @@ def contract() -> None:
                 f"{free.token_s:.2f}",
             )
         ],
+    )
+
+
+def peaks() -> None:
+    """The most each process held, after a prompt in the largest chunks, against what `status` predicted."""
+    rows = []
+    for dtype, memory, plan in (
+        ("bfloat16", 1271 * MB, "1"),
+        ("int8", 900 * MB, "1"),
+        ("int4", 900 * MB, "1"),
+        ("bfloat16", 700 * MB, "1,1,1"),
+    ):
+        one = run("1b", dtype, memory, plan=plan, new=3, length=700)
+        for worker in one.workers:
+            peak, predicted = worker["peak_bytes"], worker["predicted_bytes"]
+            numbers = (
+                f"{memory / MB:.0f}",
+                f"{predicted / MB:.0f}",
+                f"{peak / MB:.0f}",
+                f"{peak / predicted - 1:+.1%}",
+            )
+            rows.append((dtype, plan, worker["role"], *numbers))
+    table(
+        "(e1) Peaks after a prompt of 700 tokens, 1B shape",
+        ("format", "plan", "worker", "budget MB", "predicted MB", "peak MB", "off"),
+        rows,
     )
 
 
@@ -251,6 +278,7 @@ def steadiness(minutes: float = 10.0) -> None:
 
 PARTS: dict[str, Callable[[], None]] = {
     "contract": contract,
+    "peaks": peaks,
     "budgets": budgets,
     "large": large,
     "steadiness": steadiness,

@@ -2,7 +2,8 @@
 
 Knows nothing of tensors. glibc raises the size from which it maps memory by itself each time a mapped block is freed;
 later blocks then come from a heap that fragments. A worker that packs matrices of tens of megabytes one after the other
-held up to a tenth more than its weights.
+held up to a tenth more than its weights. And it gives each thread a heap of its own, which keeps what it once held: in a
+stage of three members the sockets' threads kept 40 MB of frames that were long gone.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import sys
 
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
-MAPPED_FROM_BYTES = 4 << 20
+M_ARENA_MAX = -8
+MAPPED_FROM_BYTES = 1 << 20
 TRIM_BYTES = 16 << 20
+NUM_ARENAS = 2
 
 
 def _glibc() -> ctypes.CDLL | None:
@@ -24,11 +27,12 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 def keep_steady() -> None:
-    """Map blocks of 4 MiB and more singly, for good; without effect where the C library is another."""
+    """Map blocks of 1 MiB and more singly, for good, and share two heaps; without effect in another C library."""
     library = _glibc()
     if library is not None:
         library.mallopt(M_MMAP_THRESHOLD, MAPPED_FROM_BYTES)
         library.mallopt(M_TRIM_THRESHOLD, TRIM_BYTES)
+        library.mallopt(M_ARENA_MAX, NUM_ARENAS)
 
 
 def give_back() -> None:
