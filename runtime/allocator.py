@@ -2,8 +2,8 @@
 
 Knows nothing of tensors. glibc raises the size from which it maps memory by itself each time a mapped block is freed;
 later blocks then come from a heap that fragments. A worker that packs matrices of tens of megabytes one after the other
-held up to a tenth more than its weights. And it gives each thread a heap of its own, which keeps what it once held: in a
-stage of three members the sockets' threads kept 40 MB of frames that were long gone.
+held up to a tenth more than its weights. And it gives each thread a heap of its own, which keeps what it once held: in
+a stage of three members the sockets' threads kept 40 MB of frames that were long gone.
 """
 
 from __future__ import annotations
