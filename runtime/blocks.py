@@ -119,6 +119,10 @@ class BlockSource(Protocol):
         """Return what has been streamed so far; may be called from any thread."""
         ...
 
+    def restart(self) -> None:
+        """A new plan begins: count anew what is streamed."""
+        ...
+
     def close(self) -> None:
         """End what works behind the scenes."""
         ...

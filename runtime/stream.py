@@ -56,6 +56,11 @@ class Ring:
         with self._changed:
             return self._counts
 
+    def restart_counts(self) -> None:
+        """Count anew."""
+        with self._changed:
+            self._counts = StreamCounts(0, 0.0, 0.0)
+
     def acquire(self, block: int) -> int:
         """Wait until `block` is read and return its slot; it stays valid until `release`.
 

@@ -6,7 +6,7 @@ no file yet from its tiles.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +22,7 @@ from runtime.kernels import Kernels
 from runtime.matrices import arrange, arrangement, make_matrix
 from runtime.page_cache import PageCache
 from runtime.shares import StageShare, used_ops
+from runtime.shelf import BlockShelf
 from runtime.stream import Ring, StreamCounts
 from runtime.tensors import TileSource
 from runtime.window import WindowPlan, plan_window
@@ -35,6 +36,10 @@ class BlockFiles(Protocol):
     @property
     def page_cache(self) -> PageCache:
         """What reading the files does with the page cache."""
+        ...
+
+    def name_of(self, op: int) -> bytes:
+        """Return what a block's bytes depend on, hashed: blocks of one name are the same."""
         ...
 
     def path_of(self, op: int, num_bytes: int, fill: Callable[[memoryview], None]) -> Path:
@@ -106,6 +111,9 @@ class PinnedBlocks:
         """Nothing is streamed."""
         return StreamCounts(0, 0.0, 0.0)
 
+    def restart(self) -> None:
+        """Nothing is counted."""
+
     def close(self) -> None:
         """Nothing works behind the scenes."""
 
@@ -144,6 +152,10 @@ class WindowedBlocks:
         """Return what has been streamed so far."""
         return self._ring.counts()
 
+    def restart(self) -> None:
+        """Count anew what is streamed."""
+        self._ring.restart_counts()
+
     def close(self) -> None:
         """End the loader."""
         self._ring.close()
@@ -162,25 +174,42 @@ class WindowedBlocks:
 
 
 def load_blocks(
-    order: BlockOrder, source: TileSource, files: BlockFiles, left_bytes: int
+    order: BlockOrder, source: TileSource, files: BlockFiles, left_bytes: int, shelf: BlockShelf | None = None
 ) -> tuple[BlockSource, WindowPlan]:
     """Load a share's blocks into at most `left_bytes`: all of them if they fit, else as much as the window allows.
 
-    Raises BudgetTooSmall when not even two slots fit, and what reading tiles and files raises.
+    What is on the `shelf` already is not loaded again, what it holds beside is let go first; then it holds what was
+    loaded. Raises BudgetTooSmall when not even two slots fit, and what reading tiles and files raises.
     """
-    sizes = order.sizes()
+    sizes, shelf = order.sizes(), shelf or BlockShelf()
     # While a matrix is packed it stands in memory twice; on the way in there must be room for the largest block again.
-    if order.device.type != "cpu" or sum(sizes) + max(sizes, default=0) <= left_bytes:
-        everything = range(len(sizes))
-        plan = WindowPlan(pinned=frozenset(everything), streamed=(), slot_bytes=0, num_slots=0)
-        return PinnedBlocks({op: _pin(order, op, source) for op in order.ops}), plan
-    plan = plan_window(sizes, left_bytes)
-    paths = {op: files.path_of(op, size, _filler(order, op, source)) for op, size in zip(order.ops, sizes, strict=True)}
-    pinned = _pin_from_files(order, plan, paths, files.page_cache)
-    if not plan.streamed:
-        return PinnedBlocks(pinned), plan
-    streamed = {number: DirectFile(paths[order.ops[number]], files.page_cache) for number in plan.streamed}
-    return WindowedBlocks(order, plan, pinned, Ring(plan, streamed)), plan
+    fits = order.device.type != "cpu" or sum(sizes) + max(sizes, default=0) <= left_bytes
+    if fits:
+        plan = WindowPlan(pinned=frozenset(range(len(sizes))), streamed=(), slot_bytes=0, num_slots=0)
+    else:
+        plan = plan_window(sizes, left_bytes)
+    names = {op: files.name_of(op) for op in order.ops}
+    recipe = (tuple(names.items()), plan)
+    found = shelf.source_of(recipe)
+    if found is not None:
+        return found, plan
+    shelf.keep({order.ops[number]: names[order.ops[number]] for number in plan.pinned})
+    wanted = [op for op in order.ops if op not in shelf.blocks]
+    if fits:
+        for op in wanted:
+            shelf.put(op, names[op], _pin(order, op, source))
+        return shelf.lend(recipe, PinnedBlocks(shelf.blocks)), plan
+    by_op = dict(zip(order.ops, sizes, strict=True))
+    paths = {op: files.path_of(op, by_op[op], _filler(order, op, source)) for op in wanted}
+    streamed = {number: order.ops[number] for number in plan.streamed}
+    for op, block in _pin_from_files(
+        order, [op for op in wanted if op not in streamed.values()], paths, files.page_cache
+    ):
+        shelf.put(op, names[op], block)
+    if not streamed:
+        return shelf.lend(recipe, PinnedBlocks(shelf.blocks)), plan
+    opened = {number: DirectFile(paths[op], files.page_cache) for number, op in streamed.items()}
+    return shelf.lend(recipe, WindowedBlocks(order, plan, shelf.blocks, Ring(plan, opened))), plan
 
 
 def _pin(order: BlockOrder, op: int, source: TileSource) -> AnyBlock:
@@ -194,23 +223,19 @@ def _filler(order: BlockOrder, op: int, source: TileSource) -> Callable[[memoryv
 
 
 def _pin_from_files(
-    order: BlockOrder, plan: WindowPlan, paths: Mapping[int, Path], page_cache: PageCache
-) -> dict[int, AnyBlock]:
-    """Read pinned blocks one after the other through one buffer, which is gone before the ring is made."""
-    numbers: Sequence[int] = sorted(plan.pinned)
-    sizes = order.sizes()
-    buffer = aligned_buffer(max((sizes[number] for number in numbers), default=1))
-    pinned: dict[int, AnyBlock] = {}
-    for number in numbers:
-        op = order.ops[number]
+    order: BlockOrder, ops: Sequence[int], paths: Mapping[int, Path], page_cache: PageCache
+) -> Iterator[tuple[int, AnyBlock]]:
+    """Read blocks one after the other through one buffer, which is gone before the ring is made."""
+    sizes = {op: block_bytes(order.spec, order.share, op) for op in ops}
+    buffer = aligned_buffer(max(sizes.values(), default=1))
+    for op in ops:
         file = DirectFile(paths[op], page_cache)
         try:
             file.read_into(buffer, 0)
         finally:
             file.close()
         tensors = {name: part.clone() for name, part in view_block(order.spec, order.share, op, buffer).items()}
-        pinned[op] = order.make(op, tensors, is_pinned=True)
-    return pinned
+        yield op, order.make(op, tensors, is_pinned=True)
 
 
 def _layer_block(found: AnyBlock | None) -> Block | None:

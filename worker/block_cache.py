@@ -55,17 +55,18 @@ class BlockCache:
 
     def path_of(self, op: int, num_bytes: int, fill: Callable[[memoryview], None]) -> Path:
         """Return the file of a block, its hash proven; makes it where it is absent or altered. Raises StorageFull."""
-        note = self._folder / self._key(op)
+        note = self._folder / self.name_of(op).hex()
         entry = self._known(note, op, num_bytes) or self._make(note, op, num_bytes, fill)
         self._kept.append(entry)
         self._store.pin([*self._tiles.values(), *self._kept])
         return self._store.path_of(entry)
 
-    def _key(self, op: int) -> str:
+    def name_of(self, op: int) -> bytes:
+        """Return what a block's bytes depend on, hashed."""
         order = self._order
         digests = [self._tiles[tile].digest for tile in block_tiles(order.spec, order.share, op)]
         form = [LAYOUT_VERSION, op, pack(order.spec), order.form(op), digests]
-        return hashlib.sha256(msgpack.packb(form)).hexdigest()
+        return hashlib.sha256(msgpack.packb(form)).digest()
 
     def _known(self, note: Path, op: int, num_bytes: int) -> TileEntry | None:
         try:

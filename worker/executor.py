@@ -20,6 +20,7 @@ from protocol.frames import Buffer
 from protocol.ids import SessionId, WorkerId
 from protocol.messages import Activation, KvRows, Partial, Step, Sum
 from protocol.plans import Plan
+from runtime.shelf import BlockShelf
 from runtime.stream import StreamCounts
 from worker.commands import (
     URGENT,
@@ -72,7 +73,8 @@ class Executor:
         self._settings = settings
         self._count = LoadCount()
         self._kv = KvShelf(spool)
-        self._bench = Bench(links, store, self._kv, settings, self._count)
+        self._blocks = BlockShelf()
+        self._bench = Bench(links, store, self._kv, self._blocks, settings, self._count)
         self._commands: deque[Command] = deque()
         self._lock = threading.Lock()
         self._num_urgent = 0
@@ -323,6 +325,7 @@ class Executor:
         """End the epoch and free everything."""
         self._rest()
         self._let_go()
+        self._blocks.clear()
         self._kv.clear()
 
     def _forget(self, sessions: Iterable[SessionId]) -> None:
@@ -332,9 +335,6 @@ class Executor:
             self._kv.release(session)
 
     def _let_go(self) -> None:
-        """Free the weights, and end their loader."""
-        self._star = None
+        """Free what was loaded for the plan alone; blocks stay on their shelf, keys and values on theirs."""
+        self._star = self._held = None
         self._weight_bytes = 0
-        held, self._held = self._held, None
-        if held is not None:
-            held.part.blocks.close()

@@ -16,6 +16,7 @@ from protocol.ids import WorkerId
 from protocol.plans import Plan
 from protocol.tiles import TileEntry, TileId
 from runtime.kernels import Kernels
+from runtime.shelf import BlockShelf
 from worker.commands import Begin, Ready
 from worker.kv_shelf import KvShelf
 from worker.kv_traffic import KvTraffic
@@ -67,6 +68,7 @@ class Bench(NamedTuple):
     links: Links
     store: TileStore
     kv: KvShelf
+    blocks: BlockShelf
     settings: ExecutorSettings
     read: LoadCount
 
@@ -177,6 +179,7 @@ class Forming:
             base_bytes=settings.base_bytes,
             on_read=self._read,
             kv=bench.kv.arena,
+            shelf=bench.blocks,
         )
 
     def _read(self, num_bytes: int) -> None:

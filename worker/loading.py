@@ -25,6 +25,7 @@ from runtime.kernels import Kernels
 from runtime.kv import KvCache
 from runtime.loading import LoadedPart, load_part
 from runtime.shares import NO_SHARE, StageShare
+from runtime.shelf import BlockShelf
 from runtime.tensors import TileSource
 from runtime.windowed import BlockOrder
 from worker.block_cache import BlockCache
@@ -132,11 +133,11 @@ def load_worker(
     base_bytes: int,
     on_read: Callable[[int], None],
     kv: KvCache | None = None,
+    shelf: BlockShelf | None = None,
 ) -> WorkerPart:
     """Load blocks, head and KV arena; `on_read` is told of bytes read beside those of `source`.
 
-    `kv`: an arena that stays from the plan before.
-
+    `kv` and `shelf`: an arena, and blocks, that stay from the plan before.
     Raises BudgetTooSmall, StorageFull, StorageFailed, TileUnavailable.
     """
     room = room_of(plan, own, budget_bytes, base_bytes)
@@ -151,6 +152,7 @@ def load_worker(
         left_bytes=room.left_bytes,
         kv_positions=kv_positions(plan),
         kv=kv,
+        shelf=shelf,
     )
     give_back()
     window_bytes = part.window.ring_bytes

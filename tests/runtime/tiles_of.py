@@ -26,6 +26,7 @@ from runtime.packed import can_pack_bfloat16, can_view_packed
 from runtime.page_cache import PageCache
 from runtime.reduce import sum_partials
 from runtime.shares import NO_SHARE, StageShare
+from runtime.shelf import BlockShelf
 from runtime.windowed import BlockFiles, BlockOrder
 
 CPU = torch.device("cpu")
@@ -207,6 +208,9 @@ class NoFiles:
 
     page_cache = PageCache.OFF
 
+    def name_of(self, op: int) -> bytes:
+        return bytes((op,))
+
     def path_of(self, op: int, num_bytes: int, fill: Callable[[memoryview], None]) -> Path:
         raise AssertionError("nothing should be streamed")
 
@@ -219,6 +223,9 @@ class FolderFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.num_made = 0
+
+    def name_of(self, op: int) -> bytes:
+        return bytes((op,))
 
     def path_of(self, op: int, num_bytes: int, fill: Callable[[memoryview], None]) -> Path:
         path = self.folder / f"block-{op}"
@@ -240,6 +247,7 @@ def load(
     left_bytes: int = 2**40,
     files: BlockFiles | None = None,
     kv_positions: int = 2048,
+    shelf: BlockShelf | None = None,
 ) -> LoadedPart:
     """Load one worker's part."""
     return load_part(
@@ -249,6 +257,7 @@ def load(
         files or NoFiles(),
         left_bytes=left_bytes,
         kv_positions=kv_positions,
+        shelf=shelf,
     )
 
 

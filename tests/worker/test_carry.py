@@ -259,3 +259,19 @@ def _cells(plan: Plan, name: str) -> set[tuple[int, int]]:
         for group in share.groups
         if share.worker == name
     }
+
+
+def test_a_plan_like_the_last_one_reads_no_weights_again(cluster: TinyCluster) -> None:
+    run = Run(cluster)
+    try:
+        one, two = (dataclasses.replace(alone(), epoch=next(EPOCHS)) for _ in range(2))
+        run.turn(one, [1, 2])
+        executor = cluster.hands["a"].executor
+        blocks = executor._blocks.blocks
+        before, _ = executor.load_progress
+        run.turn(two, [1, 2])
+        assert executor._blocks.blocks == blocks
+        read, _ = executor.load_progress
+        assert 0 < read < before / 10  # the norms
+    finally:
+        run.end()

@@ -23,7 +23,7 @@ from protocol.security import Gate, KeyPair
 from protocol.specs import ActivationFormat, Span
 from protocol.tiles import TileId, TileKind
 from protocol.transport import bind_router, dial
-from worker.commands import Begin, Failed, Forget, LoadTiles, Ready, Rest, Stop, TilesSpoiled
+from worker.commands import Begin, Drop, Failed, Forget, LoadTiles, Ready, Rest, Stop, TilesSpoiled
 from worker.links import Links
 from worker.wire import unpack_data
 
@@ -242,6 +242,7 @@ def test_a_spoiled_tile_is_reported_and_can_be_loaded_after_all(cluster: TinyClu
     hand.store._path(entry.digest).write_bytes(b"nonsense")
     entries = tuple(cluster.entries[tile] for tile in plan.tiles_of(A))
     hand.reports.clear()
+    hand.executor.submit(Drop())  # else its blocks would stay in memory
     hand.executor.submit(Begin(plan=plan, links=()))
     hand.executor.submit(LoadTiles(epoch=1, entries=entries))
     cluster.pump(lambda: bool(hand.reports))
