@@ -81,6 +81,18 @@ class Database:
                     self._db.execute("ROLLBACK")
                 raise
 
+    def reserve(self, num_bytes: int) -> None:
+        """Take so much room on the disk beforehand, in the file and again in its write-ahead log; raises StorageFull.
+
+        What is written later goes there first, so a disk that fills up does not stop at once what is under way.
+        """
+        with self.transaction() as db:  # two of them: pages that one transaction takes and frees are never written
+            db.execute("CREATE TABLE IF NOT EXISTS reserve (bytes BLOB)")
+            db.execute("INSERT INTO reserve VALUES (zeroblob(?))", (num_bytes,))
+        with self.transaction() as db:
+            db.execute("DROP TABLE reserve")
+        self.make_room()
+
     def make_room(self) -> None:
         """Move what the write-ahead log holds to its place, so that the log may begin again without growing."""
         with self.told():

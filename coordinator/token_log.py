@@ -8,6 +8,7 @@ power cut costs nothing, as the tokens come again the same; so what is written h
 
 from __future__ import annotations
 
+import logging
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,10 @@ MIGRATIONS = (
 )
 # The table `tokens` is only added to at its end, and has no index: so a step of many sessions dirties one page, not one
 # for each. What it holds are answers under way; at its end an answer moves to its session's row.
+RESERVE_BYTES = 4 << 20  # as much as the write-ahead log grows to before it is moved; some 200,000 tokens
 Outcome = Finished | ErrorReport
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,9 +109,18 @@ class TokenLog:
         self._stale: set[SessionId] = set()  # sessions with records in the file that are not true any more
 
     @classmethod
-    def open(cls, path: Path, model: bytes) -> TokenLog:
-        """Open or create it; raises ConfigInvalid, StorageFull as `Database.open` does."""
-        return cls(Database.open(path, MIGRATIONS, Durability.KILL, if_lost="requests under way are then lost"), model)
+    def open(cls, path: Path, model: bytes, reserve_bytes: int = RESERVE_BYTES) -> TokenLog:
+        """Open or create it, with room for requests under way; raises ConfigInvalid, StorageFull as `Database.open`."""
+        database = Database.open(path, MIGRATIONS, Durability.KILL, if_lost="requests under way are then lost")
+        try:
+            if reserve_bytes:
+                database.reserve(reserve_bytes)
+        except StorageFull as error:
+            _log.warning("no room can be reserved for requests under way: %s", error)
+        except BaseException:
+            database.close()
+            raise
+        return cls(database, model)
 
     def close(self) -> None:
         """Close the file and give up its lock."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.events import token_bytes
-from coordinator.token_log import Begun, Ended, Entry, Forgotten, Grown, Record, TokenLog
+from coordinator.token_log import RESERVE_BYTES, Begun, Ended, Entry, Forgotten, Grown, Record, TokenLog
 from protocol.batches import Sampling
 from protocol.errors import ConfigInvalid, PeerLost, StorageFull
 from protocol.ids import RequestId, SessionId
@@ -112,7 +112,7 @@ def fill(log: TokenLog, first: int) -> int:
 
 @pytest.fixture
 def small(tmp_path: Path) -> TokenLog:
-    log = TokenLog.open(tmp_path / "tokens.db", MODEL)
+    log = TokenLog.open(tmp_path / "tokens.db", MODEL, reserve_bytes=0)
     log._database._db.execute("PRAGMA max_page_count = 40")
     return log
 
@@ -140,6 +140,22 @@ def test_a_session_that_could_not_grow_is_taken_out_when_there_is_room(small: To
     assert small.write([grown(1, 0, 5)], 2.0) == []
     assert [entry.session for entry in small.entries()] == [1, *range(3, last)]
     small.close()
+
+
+def test_requests_under_way_go_on_in_the_reserve(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, reserve = tmp_path / "tokens.db", RESERVE_BYTES
+    for _ in range(2):  # a second start takes the room of the first
+        log = TokenLog.open(path, MODEL, reserve)
+        size, size_of_wal = path.stat().st_size, path.with_name("tokens.db-wal").stat().st_size
+        assert reserve < size < 1.1 * reserve and size_of_wal > reserve
+        log.close()
+    log = TokenLog.open(path, MODEL, reserve)
+    log._database._db.execute(f"PRAGMA max_page_count = {size // 4096}")
+    log.write([begun(1), begun(2)], 0.0)
+    assert [log.write([grown(1, step, 5), grown(2, step, 6)], 0.0) for step in range(3000)] == [[]] * 3000
+    assert (path.stat().st_size, path.with_name("tokens.db-wal").stat().st_size) == (size, size_of_wal)
+    log.close()
+    assert not caplog.records
 
 
 def damaged(path: Path, statement: str, *values: object) -> TokenLog:
