@@ -1,11 +1,11 @@
-"""Runs benchmarks by name, all without one: `python -m benchmarks [single|star|overhead|startup|window] ...`."""
+"""Runs benchmarks by name, all without one: `python -m benchmarks [single|star|overhead|startup|tiles] ...`."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 
-from benchmarks import overhead, single, star, startup
+from benchmarks import overhead, single, star, startup, tiles
 from benchmarks.report import where
 
 ALL: dict[str, Callable[[], None]] = {
@@ -13,6 +13,7 @@ ALL: dict[str, Callable[[], None]] = {
     "star": star.main,
     "overhead": overhead.main,
     "startup": startup.main,
+    "tiles": tiles.main,
 }
 
 
