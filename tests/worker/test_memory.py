@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +29,7 @@ from worker.store import TileStore
 ALONE = plan_of([(Span(0, SPEC.layers), [("w", Span(0, 2), Span(0, 3))], 0)], head="w")
 W = WorkerId("w")
 MIB = 2**20
+ROOT = Path(__file__).parent.parent.parent
 
 
 def test_a_budget_is_spent_in_order() -> None:
@@ -114,3 +118,20 @@ def test_the_peak_is_our_own_and_not_our_parents() -> None:
         capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2], close_fds=False,
     )  # fmt: skip
     assert 0 < int(told.stdout) < len(burden) < peak_bytes()
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux can forget a peak")
+def test_no_change_of_plans_takes_more_than_either_may(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("one_plan_after_another.py")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, os.environ.get("PYTHONPATH", ""))))}
+    done = subprocess.run(
+        [sys.executable, script, tmp_path], env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    loads = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [load["held"] for load in loads] == [[], [3000], [3000], [], [3000], [3000]]
+    for before, load in itertools.pairwise([loads[0], *loads]):
+        assert load["peak"] <= max(before["predicted"], load["predicted"]), loads
+    norms = 8 * 2 * 512 * 4
+    assert loads[1]["read"] <= norms and loads[5]["read"] <= norms  # nothing else is new
+    assert loads[4]["window"] == loads[5]["window"] > 0
