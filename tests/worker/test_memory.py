@@ -9,6 +9,7 @@ import logging
 import os
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -90,7 +91,8 @@ def test_the_note_of_a_block_may_be_torn(tmp_path: Path) -> None:
 
 def test_rows_of_a_tile_that_is_gone_are_told(tmp_path: Path) -> None:
     store, _, _ = cache_in(tmp_path)
-    entry = next(iter(TinyCluster(tmp_path / "x").entries.values()))
+    with closing(TinyCluster(tmp_path / "x")) as cluster:
+        entry = next(iter(cluster.entries.values()))
     assert store.read_range(entry, 4, 8) == bytes(store.read(entry)[4:12])
     store.path_of(entry).unlink()
     with pytest.raises(TileUnavailable, match="no longer whole"):
