@@ -241,7 +241,7 @@ class Deployment:
         self.plan, self._current, self.epoch = plan, draft, plan.epoch
         self._drafted = None
         self.crew.seated(draft.seating.seats)
-        self._renewal.settled(now)
+        self._renewal.settled(draft)
         self._readiness = self._get_ready(draft)
         carries = self._service.prepare(plan, draft.room())
         copies = self._readiness.copies

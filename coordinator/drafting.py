@@ -26,11 +26,12 @@ MAX_SUCCESSORS = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
-    """A plan that could be loaded, and all that it was made of."""
+    """A plan that could be loaded, and all that it was made of; `usable`: the number of those who were usable then."""
 
     seating: Seating
     candidates: tuple[Candidate, ...]
     plan: Plan
+    usable: int = 0
 
     def with_hubs(self, reach: Reach) -> Draft:
         """Return the same with hubs chosen by what the probes found."""
@@ -94,14 +95,15 @@ class Drafter:
         head = self._registry.head
         if head is None:
             raise InvariantBroken("a plan was begun without a head")
-        usable = self.usable(now).members
+        usable = self.usable(now)
         willing = [member for member in self._registry if member is head or self._is_willing(member)]
         try:
-            return self._over(head, usable, seats, epoch, reach)
+            draft = self._over(head, usable.members, seats, epoch, reach)
         except (PlanImpossible, BudgetTooSmall):
-            if len(willing) == len(usable):
+            if len(willing) == len(usable.members):
                 raise
-            return self._over(head, willing, seats, epoch, reach)
+            draft = self._over(head, willing, seats, epoch, reach)
+        return replace(draft, usable=usable.number)
 
     def successors(self, draft: Draft, losses: int) -> Iterator[Plan]:
         """Yield the plans that would follow when up to so many of a plan's workers, but the head, were lost at once."""

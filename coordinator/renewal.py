@@ -75,10 +75,10 @@ class Renewal:
         if self._change is not None:
             self._change.stocked(worker, stocked, now)
 
-    def settled(self, now: float) -> None:
-        """A plan is loaded that was made of all that is known now."""
+    def settled(self, draft: Draft) -> None:
+        """A plan is loaded; who came while its links were probed or its tiles stocked is not considered yet."""
         self._change = self._better = None
-        self._considered = self._drafter.usable(now).number
+        self._considered = draft.usable
 
     def drop(self) -> None:
         """Give up a change; the plan that serves goes on, or is over as well."""

@@ -286,6 +286,24 @@ def test_who_comes_back_takes_its_seat_again() -> None:
     assert [share.worker for stage in loads["b"].plan.stages for share in stage.members] == ["head", "b", "c"]
 
 
+def test_who_comes_while_a_change_is_prepared_is_taken_in_by_the_next() -> None:
+    stand = Stand(ClusterPolicy(plan_words="1/1/1")).make_ready("head", "b", "c")
+    stand.lose("b")
+    stand.load_all()
+    stand.lose("c")
+    stand.load_all()
+    assert set(sent(Probe, stand.join("b"))) == {"head", "b"}
+    assert stand.join("c") == []
+    for wanted in ({"head", "b"}, {"head", "b", "c"}):
+        effects = stand.answer_probe()
+        for name, stock in sent(Stock, effects).items():
+            stand.stocked(name, stock.order)
+        assert set(sent(Load, effects + stand.advance())) == wanted
+        stand.load_all()
+        stand.advance()
+    assert stand.core.detail == ""
+
+
 def test_a_newcomer_fetches_its_tiles_before_anybody_pauses() -> None:
     stand = Stand(PAIR).make_ready("head", "b")
     stand.lose("b")
