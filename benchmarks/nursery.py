@@ -115,6 +115,7 @@ class Nursling(ChildProcess):
         log_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         theirs, ours = os.pipe()
         with os.fdopen(os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb") as log:
+            self._log_start = os.fstat(log.fileno()).st_size
             pid = nursery.born(settings, log.fileno(), theirs)
         os.close(theirs)
         self.process: Any = _Process(nursery, pid, ours)
