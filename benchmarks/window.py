@@ -26,11 +26,13 @@ FIXED_BYTES = 530 * MB  # the process itself, KV arena and one step's temporarie
 
 
 class HeldCluster(LocalCluster):
-    """A local cluster whose workers live in a control group."""
+    """A local cluster whose workers live in a control group, and may be told what to do with the page cache."""
 
     group: MemoryGroup | None = None
+    page_cache = "use"
 
     def _start_worker(self, name: str, link: str) -> None:
+        self._for_workers["page_cache"] = self.page_cache
         if self.group is None:
             super()._start_worker(name, link)
             return
@@ -74,11 +76,11 @@ def run(
 ) -> Run:
     """Decode some tokens under a budget in bytes (None: all that is free).
 
-    `page_cache`: cold or warm, of the blocks that stream. `disk_rate_held`: bytes a second that the disk may give.
+    `page_cache`: cold or warm; as accelerate does, workers then fill it, or the kernel would soon take it back. `disk_rate_held`: bytes a second that the disk may give.
     """
     folder = make_checkpoint(SHAPES[shape], scratch(f"{shape}-bfloat16"), torch.bfloat16)
     cache = scratch(f"window-{shape}-{dtype}")
-    HeldCluster.group = group
+    HeldCluster.group, HeldCluster.page_cache = group, "fill" if page_cache == "warm" else "use"
     disk = DiskGroup.make("manyhands-disk") if disk_rate_held else None
     with HeldCluster(
         folder, plan=plan, dtype=dtype, memory=str(memory) if memory else None, cache_dir=cache, startup_timeout_s=600

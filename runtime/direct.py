@@ -14,9 +14,10 @@ import os
 from pathlib import Path
 
 from protocol.errors import StorageFailed
-from runtime.page_cache import PageCache, forget, is_cached
+from runtime.page_cache import PageCache, cached_share, forget
 
 PAGE = mmap.PAGESIZE if mmap.PAGESIZE >= 4096 else 4096
+MOSTLY_CACHED = 0.75  # a kernel that takes idle memory back leaves gaps; a read through the page cache mends them
 HASH_BYTES = 1 << 20  # read at a time to be hashed
 MAX_READ_BYTES = 8 << 20  # what one system call is asked for, and what is looked for in the page cache at a time
 
@@ -81,7 +82,7 @@ class DirectFile:
         if self._page_cache is PageCache.FILL:
             return os.preadv(self._plain, [part], offset)
         length = min(len(part), self.num_bytes - offset)
-        was_cached = self._page_cache is PageCache.USE and is_cached(self._plain, offset, length)
+        was_cached = self._page_cache is PageCache.USE and cached_share(self._plain, offset, length) >= MOSTLY_CACHED
         if self._direct >= 0 and not was_cached:
             return os.preadv(self._direct, [part], offset)
         count = os.preadv(self._plain, [part], offset)

@@ -19,7 +19,7 @@ CACHESTAT = 451  # the same number on every architecture
 class PageCache(StrEnum):
     """What reading weights from disk does with the page cache, which is no part of a worker's memory."""
 
-    USE = "use"  # take what is there, add nothing
+    USE = "use"  # take what is there, add nothing but the gaps in it
     FILL = "fill"  # let the kernel keep what is read while nothing else wants the memory
     OFF = "off"  # always from the disk
 
@@ -32,15 +32,15 @@ class _Counts(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_uint64) for name in ("cached", "dirty", "writeback", "evicted", "recent"))
 
 
-def is_cached(descriptor: int, offset: int, length: int) -> bool:
-    """Say whether every page of a range is in the page cache; no disk is read."""
+def cached_share(descriptor: int, offset: int, length: int) -> float:
+    """Return which share of a range's pages is in the page cache, 0 to 1; no disk is read."""
     system_call = _system_call()
     if system_call is None or length <= 0:
-        return False
+        return 0.0
     counts = _Counts()
     failed = system_call(CACHESTAT, descriptor, ctypes.byref(_Range(offset, length)), ctypes.byref(counts), 0)
-    last_page = (offset + length - 1) // mmap.PAGESIZE
-    return not failed and counts.cached >= last_page - offset // mmap.PAGESIZE + 1
+    num_pages = (offset + length - 1) // mmap.PAGESIZE - offset // mmap.PAGESIZE + 1
+    return 0.0 if failed else min(1.0, counts.cached / num_pages)
 
 
 @cache
