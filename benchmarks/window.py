@@ -76,7 +76,8 @@ def run(
 ) -> Run:
     """Decode some tokens under a budget in bytes (None: all that is free).
 
-    `page_cache`: cold or warm; as accelerate does, workers then fill it, or the kernel would soon take it back. `disk_rate_held`: bytes a second that the disk may give.
+    `page_cache`: cold or warm; workers then fill it as accelerate does, or the kernel would soon take it back.
+    `disk_rate_held`: bytes a second that the disk may give.
     """
     folder = make_checkpoint(SHAPES[shape], scratch(f"{shape}-bfloat16"), torch.bfloat16)
     cache = scratch(f"window-{shape}-{dtype}")
