@@ -16,10 +16,10 @@ import psutil
 import torch
 
 from protocol.contract import resident_tile_bytes, workspace_bytes
-from protocol.errors import BudgetTooSmall
+from protocol.errors import BudgetTooSmall, TileUnavailable
 from protocol.ids import WorkerId
 from protocol.plans import Plan
-from protocol.tiles import TileEntry, TileId
+from protocol.tiles import TileEntry, TileId, TileKind
 from runtime.allocator import give_back
 from runtime.kernels import Kernels
 from runtime.kv import KvCache
@@ -154,7 +154,21 @@ def load_worker(
         kv=kv,
         shelf=shelf,
     )
+    if order.is_head:
+        try:
+            _prove_embedding(store, entries, on_read)
+        except TileUnavailable:
+            part.blocks.close()
+            raise
     give_back()
     window_bytes = part.window.ring_bytes
     weight_bytes = sum(entry.num_bytes for entry in entries.values())
     return WorkerPart(part, room, part.blocks.num_bytes - window_bytes, window_bytes, weight_bytes)
+
+
+def _prove_embedding(store: TileStore, entries: Mapping[TileId, TileEntry], on_read: Callable[[int], None]) -> None:
+    """Verify the tiles whose rows are read one by one in steps: no block that is loaded tells of them."""
+    for tile, entry in entries.items():
+        if tile.kind is TileKind.EMBEDDING:
+            store.prove(entry)
+            on_read(entry.num_bytes)

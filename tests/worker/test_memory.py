@@ -13,18 +13,19 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from tiny_cluster import SPEC, TinyCluster, make_tiles, plan_of, put
+from tiny_cluster import SPEC, TinyCluster, entry_of, make_tiles, plan_of, put
 
 from protocol.errors import BudgetTooSmall, TileUnavailable
 from protocol.ids import WorkerId
 from protocol.specs import Span
+from protocol.tiles import HEAD_LAYER, TileId, TileKind
 from runtime.device import DeviceFacts
 from runtime.kernels import Kernels
 from runtime.windowed import BlockOrder
 from worker import device
 from worker.block_cache import BlockCache
 from worker.config import WorkerConfig
-from worker.loading import peak_bytes, room_of, share_of
+from worker.loading import WorkerPart, load_worker, peak_bytes, room_of, share_of
 from worker.store import TileStore
 
 ALONE = plan_of([(Span(0, SPEC.layers), [("w", Span(0, 2), Span(0, 3))], 0)], head="w")
@@ -98,6 +99,37 @@ def test_rows_of_a_tile_that_is_gone_are_told(tmp_path: Path) -> None:
     with pytest.raises(TileUnavailable, match="no longer whole"):
         store.read_range(entry, 0, 1)
     store.close()
+
+
+def test_an_embedding_altered_between_two_loads_is_told(tmp_path: Path) -> None:
+    """Its rows are read one by one in steps, so no block that is loaded tells of it."""
+    store, _, _ = cache_in(tmp_path)
+    entries = {entry.tile: entry for entry in map(entry_of, *zip(*make_tiles().items(), strict=True))}
+    budget = 40 * MIB
+
+    def load() -> WorkerPart:
+        part = load_worker(
+            ALONE,
+            W,
+            source=lambda tile: store.read(entries[tile]),
+            store=store,
+            entries=entries,
+            kernels=Kernels(),
+            device=device.pick_device("cpu"),
+            budget_bytes=budget,
+            base_bytes=MIB,
+            on_read=lambda _: None,
+        )
+        part.part.blocks.close()
+        return part
+
+    load()
+    altered = entries[TileId(HEAD_LAYER, TileKind.EMBEDDING, 0)]
+    path = store.path_of(altered)
+    path.write_bytes(bytes(altered.num_bytes))
+    with closing(TileStore(tmp_path, 2**30)) as store, pytest.raises(TileUnavailable, match="altered"):
+        load()
+    assert not path.exists()
 
 
 def test_a_budget_beyond_the_machine_is_cut_and_told(
