@@ -2,14 +2,17 @@
 # make test    set up and run the tests
 # make check   style, types, import directions
 # make bench   measure (see benchmarks/README.md)
+# make soak    kill, freeze and cut by the hundred, then churn; make soak SEEDS=137 MINUTES=0 replays one
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # On a machine without a GPU the CPU build of torch saves gigabytes:
 #   make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP_FLAGS ?=
+SEEDS ?= 0-499
+MINUTES ?= 5
 
-.PHONY: demo test check bench setup clean
+.PHONY: demo test check bench soak setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -41,6 +44,10 @@ check: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks
+
+soak: setup
+	MANYHANDS_CHURN_SEEDS=$(SEEDS) $(BIN)/python -m pytest -v -k seed tests/e2e/test_e2e_churn.py
+	$(BIN)/python -m benchmarks.churn --minutes $(MINUTES)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -187,6 +187,7 @@ class Run:
         self._epoch = 0
         self._changed = asyncio.Condition()
         self._asked, self._over = asyncio.Event(), asyncio.Event()
+        self.befell: list[Trouble] = []  # what really happened: a stream may be over before its trouble's moment
 
     async def answers(self) -> list[Answer]:
         """Ask all streams, let everything go wrong, and return what they brought; raises what a stream raised."""
@@ -239,6 +240,7 @@ class Run:
                     return
                 epoch = await _epoch(client)
                 await asyncio.to_thread(self._house.hurt, trouble)
+                self.befell.append(trouble)
                 done.set()
                 await self._while_it_lasts(trouble, client, epoch)
                 await asyncio.to_thread(self._house.relieve, trouble)

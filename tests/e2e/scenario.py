@@ -106,7 +106,11 @@ def scenario_of(seed: int) -> Scenario:
     orders = dice.sample(range(NUM_ORDERS), dice.randint(1, 3))
     first = _trouble(dice, dice.choice([Moment.LOAD, Moment.PREFILL, Moment.DECODE, Moment.DECODE, Moment.ALLREDUCE]))
     if first.moment is Moment.PREFILL and orders[0] not in LONG_ORDERS:
-        orders[0] = next(one for one in LONG_ORDERS if one not in orders)
+        others = [one for one in LONG_ORDERS if one not in orders]
+        if others:
+            orders[0] = others[0]
+        else:  # both are asked already: let one be the first
+            orders.sort(key=lambda one: one not in LONG_ORDERS)
     troubles = [first]
     if dice.random() < 0.3:
         troubles.append(_trouble(dice, Moment.RECOVERY))

@@ -51,9 +51,12 @@ def numbers(text: str) -> list[int]:
     return [seed for first, dash, last in spans for seed in range(int(first), int(last if dash else first) + 1)]
 
 
-SEEDS = numbers(os.environ.get("MANYHANDS_CHURN_SEEDS", ""))
+SEEDS = numbers(os.environ.get("MANYHANDS_CHURN_SEEDS", "0-49"))
 # By cluster, so that each is started once.
-SCENARIOS = sorted(map(scenario_of, SEEDS), key=lambda one: (MODELS.index(one.model), PLANS.index(one.plan), one.seed))
+SCENARIOS = sorted(
+    [scenario_of(seed) for seed in SEEDS],
+    key=lambda one: (MODELS.index(one.model), PLANS.index(one.plan), one.seed),
+)
 
 
 class Stage:
@@ -75,7 +78,7 @@ class Stage:
         return made
 
     def house(self, model: str, plan: str) -> ChurnHouse:
-        """Return a whole cluster of this plan and model: the last one, where it is such."""
+        """Return a whole cluster of this plan and model, the last one where it is such; undisturbed, plans agree."""
         if self._house is None or self._now != (model, plan):
             self.clear()
             if model not in self._folders:
@@ -136,18 +139,14 @@ def test_no_greedy_choice_is_so_close_that_equality_would_be_luck(stage: Stage) 
             assert len(checkpoint.tokens(prompt_ids, options["max_tokens"])) == options["max_tokens"]
 
 
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("model", MODELS)
-def test_undisturbed_every_plan_brings_the_same(stage: Stage, model: str, plan: str) -> None:
-    assert not stage.house(model, plan).leftovers()
-
-
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda one: f"seed-{one.seed}")
 def test_every_stream_goes_on_with_the_same_tokens(stage: Stage, scenario: Scenario) -> None:
     house = stage.house(scenario.model, scenario.plan)
     print(scenario)
+    run = Run(house, scenario, ORDERS[scenario.model])
     try:
-        assert asyncio.run(Run(house, scenario, ORDERS[scenario.model]).answers()) == stage.expected(scenario)
+        assert asyncio.run(run.answers()) == stage.expected(scenario)
+        assert run.befell or scenario.first_loss  # a short stream may be over before a later moment
         house.until_whole()
         assert not house.leftovers()
     except BaseException:
