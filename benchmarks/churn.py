@@ -1,4 +1,4 @@
-"""(g) Churn: a worker joins or leaves every few seconds while clients ask without pause; nothing wrong, nothing leaked.
+"""(h) Churn: a worker joins or leaves every few seconds while clients ask without pause; nothing wrong, nothing leaked.
 
     python -m benchmarks.churn --minutes 5 --every 3 --seed 0
 
@@ -254,7 +254,7 @@ def report(soaked: Soaked, calm_s: float = CALM_S) -> None:
         rows.append((name, tally.right, len(tally.wrong), errors, rate, pause, tally.num_plans, tally.largest_plan))
     changes = ", ".join(f"{count} {what}" for what, count in sorted(soaked.did.items()))
     table(
-        f"(g) {soaked.minutes:g} minutes of churn, a change every {soaked.every_s:g} s: {changes}",
+        f"(h) {soaked.minutes:g} minutes of churn, a change every {soaked.every_s:g} s: {changes}",
         ("", "right", "wrong", "typed errors", "tokens/s", "longest pause, s", "plans", "largest"),
         rows,
     )
@@ -263,7 +263,7 @@ def report(soaked: Soaked, calm_s: float = CALM_S) -> None:
         now = soaked.after[name]
         memory = f"{was.memory_bytes / 2**20:.0f} -> {now.memory_bytes / 2**20:.0f}"
         rows.append((name, memory, *(f"{a} -> {b}" for a, b in zip(was[1:], now[1:], strict=True))))
-    table("(g) What those who stay hold, before and after", ("", "MiB", "files", "sockets", "threads"), rows)
+    table("(h) What those who stay hold, before and after", ("", "MiB", "files", "sockets", "threads"), rows)
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""(h) A worker is killed in mid-answer: how long until the next token, and where the time goes.
+"""(i) A worker is killed in mid-answer: how long until the next token, and where the time goes.
 
     python -m benchmarks.recovery [--seeds 20] [--shapes demo,100m]
 
@@ -127,7 +127,7 @@ def measure(nursery: Nursery, shape: str, seeds: Sequence[int]) -> None:
         met = sum(one.total_s <= 2 * one.prefill_s + 1.0 for one in crashes)
         print(f"{shape}, {readiness}: within 2 prefills + 1 s in {met} of {len(crashes)}", flush=True)
     table(
-        f"(h) Crash to next token, {shape}, {len(seeds)} crashes each, milliseconds",
+        f"(i) Crash to next token, {shape}, {len(seeds)} crashes each, milliseconds",
         ("tiles and KV", "", "detect", "plan", "fetch and link", "load", "replay", "in all", "prefill of the history",
          "from zero", "fetched MB", "positions repeated"),
         rows,
