@@ -27,6 +27,7 @@ class Session:
     """`tokens` is the whole log, prompt and answer; of it the workers hold keys and values of the first `computed`.
 
     The log is all that is needed to compute the session again from its beginning, by setting `computed` to 0.
+    `reached` is the most that ever was: what workers have put away of it stays true, as the log only grows.
     `is_known`: workers of this epoch may hold something of it; `opened_in`: the epoch in which the head was told of it.
     `setbacks` weighs the epochs that ended while a step computed it, since its last new token.
     """
@@ -40,6 +41,7 @@ class Session:
     arrived_at: float
     at: int = 0  # where in the workers' KV arenas it lies
     computed: int = 0
+    reached: int = 0
     last_step: int = field(default=-1)
     is_in_flight: bool = False
     started_at: float | None = None
@@ -75,6 +77,11 @@ class Session:
             sample=count == self.num_pending,
             at=self.at,
         )
+
+    def advance_to(self, position: int) -> None:
+        """Count the positions before this one as computed."""
+        self.computed = position
+        self.reached = max(self.reached, position)
 
     @property
     def phase(self) -> str:

@@ -159,18 +159,18 @@ class Sessions:
     def prepare(self, plan: Plan, room: KvRoom) -> tuple[Carry, ...]:
         """Give the sessions that have begun their places under a plan that is about to load, while there are any."""
         self._room, self._arena = room, Arena(room.positions)
-        begun = [session for session in self._waiting if session.computed]
+        begun = [session for session in self._waiting if session.reached]
         for session in begun:
             is_full = len(self._running) >= self._policy.max_sessions
             place = None if is_full else self._arena.take(session.session, session.capacity)
             if place is None:
-                session.computed = 0  # nobody keeps it for later
+                session.computed = session.reached = 0  # nobody keeps it for later
                 continue
             self._waiting.remove(session)
             session.at, session.is_known = place, True
             self._running[session.session] = session
         return tuple(
-            Carry(session=one.session, at=one.at, capacity=one.capacity, computed=one.computed)
+            Carry(session=one.session, at=one.at, capacity=one.capacity, computed=one.reached)
             for one in self._running.values()
         )
 
@@ -183,8 +183,8 @@ class Sessions:
         self.is_held = False
         repeated = 0
         for session in self._running.values():
-            computed = min(session.computed, held.get(session.session, 0))
-            lost = session.computed - computed
+            computed = min(session.reached, held.get(session.session, 0))
+            lost = session.reached - computed
             session.begin_leg(leg_of(plan, session.num_answer, lost, self._cause))
             session.computed = computed
             repeated += lost
@@ -216,7 +216,7 @@ class Sessions:
         """Queue sessions of an earlier life of the coordinator; what workers still hold of them will show."""
         self._idle_since = None
         for session in saved:
-            session.computed = len(session.tokens) - 1
+            session.advance_to(len(session.tokens) - 1)
             self._waiting.append(session)
 
     def _forget_epoch(self) -> None:
@@ -244,7 +244,7 @@ class Sessions:
                 continue
             session = self._running[part.session]
             session.is_in_flight = False
-            session.computed = part.start + part.count
+            session.advance_to(part.start + part.count)
             if part.sample:
                 effects += self._commit(session, finished.tokens[part.session], now)
         return effects

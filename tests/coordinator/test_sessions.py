@@ -392,6 +392,16 @@ def test_a_session_goes_on_where_the_workers_end(held: dict[SessionId, int], sta
     assert token_ids(sent.tokens).tolist() == [1, 2, 3, 50, 51, 52, 53, 54]
 
 
+def test_what_workers_once_had_may_still_be_there_after_a_plan_that_had_nothing() -> None:
+    sessions = decoding(5)
+    for epoch in (2, 3):
+        sessions.interrupt(PeerLost("b is gone"), 2.0)
+        plan = make_test_plan("1", epoch)
+        (carry,) = sessions.prepare(plan, KvRoom(100, WorkerId("b")))
+        assert carry.computed == 7
+        assert sessions.serve(plan, {SessionId(1): 7} if epoch == 3 else {}) == (7 if epoch == 2 else 0)
+
+
 def test_what_was_said_is_not_said_again() -> None:
     sessions = decoding(5)
     sessions.interrupt(PeerLost("b is gone"), 2.0)
