@@ -21,12 +21,14 @@ import torch
 from benchmarks.report import table
 from protocol.frames import Buffer
 from protocol.ids import WorkerId
-from protocol.messages import LinkMode, LinkOrder, Partial, Peer, Sum
+from protocol.messages import LinkMode, LinkOrder, Peer
 from protocol.plans import Plan, Share, Stage
 from protocol.security import KeyPair
 from protocol.specs import ActivationFormat, ModelSpec, RopeSpec, Span, WeightFormat
+from worker.due import Due
 from worker.links import Links
-from worker.star import Star, StarFrame
+from worker.star import Star
+from worker.wire import Arrival
 
 ROUNDS = 3000
 WARM = 300
@@ -59,12 +61,14 @@ class Post:
         """Send to members."""
         self._links.send(targets, message, payload)
 
-    def next_star_frame(self, timeout_s: float) -> StarFrame | None:
-        """Return the next part or sum."""
-        arrival = self._links.receive(timeout_s)
-        if arrival is None or not isinstance(arrival.message, Partial | Sum):
-            return None
-        return StarFrame(*arrival)
+    def collect(self, due: Due, timeout_s: float) -> Arrival | None:
+        """Wait for what is due."""
+        deadline = time.monotonic() + timeout_s
+        while due.headers and time.monotonic() < deadline:
+            arrival = self._links.receive(deadline - time.monotonic(), due)
+            if arrival is not None and not due.take(arrival):
+                return arrival
+        return None
 
 
 def member(rank: int, members: int, values: int, pipe: Connection) -> None:

@@ -152,11 +152,20 @@ def envelope_of(frames: Sequence[zmq.Frame]) -> Envelope:
 
     Raises AccessRefused for a message without a proven key, which a socket of `bind_router` never delivers.
     """
+    return Envelope(frames[0].bytes, proven_key(frames[-1]), [frame.buffer for frame in frames[1:]])
+
+
+def proven_key(frame: zmq.Frame) -> bytes:
+    """Return the key that the gate let in on the connection this frame came by; raises AccessRefused without one.
+
+    libzmq keeps it with the connection, so it can't be forged or go stale. A routing id proves nothing by itself: its
+    owner chose it, and when a connection has ended another admitted peer may take the same id before anybody hears of
+    the end. Hence every frame is asked.
+    """
     try:
-        key = str(frames[-1].get("User-Id")).encode("ascii")
+        return str(frame.get("User-Id")).encode("ascii")
     except zmq.ZMQError:
         raise AccessRefused("a message came without a proven key", phase="receive") from None
-    return Envelope(frames[0].bytes, key, [frame.buffer for frame in frames[1:]])
 
 
 async def receive(router: zmq.asyncio.Socket) -> Envelope:

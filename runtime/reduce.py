@@ -19,9 +19,7 @@ from protocol.errors import FrameMalformed, StepFailed
 from protocol.specs import ActivationFormat
 from runtime.tensors import as_bytes, as_tensor, dtype_of
 
-Part = memoryview | Tensor
-"""A part of a sum in the wire's format: a frame's payload, or one's own tensor on the CPU, without a gradient."""
-
+_F32 = np.dtype(np.float32)
 _Values = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 
 
@@ -44,25 +42,18 @@ def sum_partials(parts: Sequence[Tensor | None], activations: ActivationFormat) 
     return total.to(dtype_of(activations))
 
 
-def add_parts(parts: Sequence[Part], wire: ActivationFormat, shape: tuple[int, int]) -> memoryview:
+def add_parts(parts: Sequence[memoryview], wire: ActivationFormat, shape: tuple[int, int]) -> memoryview:
     """Return the bytes of `sum_partials` in the wire's format; the parts are only read, and are added as given.
 
-    Frames must have the length of the shape. Raises StepFailed when there is no part, or one's own has another shape.
+    Every part must have the length of the shape. Raises StepFailed when there is none.
     """
-    for part in parts:
-        if isinstance(part, Tensor) and part.shape != shape:
-            raise StepFailed(f"parts of one sum have shapes {list(part.shape)} and {list(shape)}")
     if wire is not ActivationFormat.FLOAT32 or len(parts) < 2:
-        tensors = [part if isinstance(part, Tensor) else from_wire(part, wire, shape) for part in parts]
-        return to_wire(sum_partials(tensors, wire), wire)
-    total = np.add(_values(parts[0], shape), _values(parts[1], shape))
-    for part in parts[2:]:
-        np.add(total, _values(part, shape), total)
+        return to_wire(sum_partials([from_wire(part, wire, shape) for part in parts], wire), wire)
+    values: list[_Values] = [np.ndarray(shape, _F32, part) for part in parts]
+    total = np.add(values[0], values[1])
+    for part in values[2:]:
+        np.add(total, part, total)
     return total.data.cast("B")
-
-
-def _values(part: Part, shape: tuple[int, int]) -> _Values:
-    return np.ndarray(shape, np.float32, part) if isinstance(part, memoryview) else part.numpy()
 
 
 def to_wire(tensor: Tensor, activations: ActivationFormat) -> memoryview:

@@ -27,6 +27,7 @@ DTYPES = {
     "int8": torch.int8,
     "uint8": torch.uint8,
 }
+_F32 = np.dtype(np.float32)
 
 
 class _Memory:
@@ -65,7 +66,7 @@ def as_tensor(buffer: memoryview | bytes, dtype: torch.dtype, shape: tuple[int, 
     num_bytes = math.prod(shape) * dtype.itemsize
     view = memoryview(buffer)
     if dtype is torch.float32 and num_bytes == view.nbytes > 0 and not view.readonly:
-        values: np.ndarray[Any, np.dtype[np.float32]] = np.ndarray(shape, np.float32, view)
+        values: np.ndarray[Any, np.dtype[np.float32]] = np.ndarray(shape, _F32, view)
         return torch.from_numpy(values if values.flags.aligned else values.copy())
     flat = np.frombuffer(buffer, dtype=np.uint8)
     if flat.size != num_bytes:

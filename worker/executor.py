@@ -18,7 +18,7 @@ import torch
 from protocol.errors import CoordinatorLost, InvariantBroken, ManyhandsError, PeerLost, TileUnavailable
 from protocol.frames import Buffer
 from protocol.ids import SessionId, WorkerId
-from protocol.messages import Activation, KvRows, Partial, Step, Sum
+from protocol.messages import Activation, KvRows, Step
 from protocol.plans import Plan
 from runtime.shelf import BlockShelf
 from runtime.stream import StreamCounts
@@ -36,13 +36,14 @@ from worker.commands import (
     Rest,
     TilesSpoiled,
 )
+from worker.due import Due
 from worker.forming import Bench, ExecutorSettings, Forming, LoadCount
 from worker.kv_shelf import KvShelf
 from worker.kv_traffic import KvTraffic
 from worker.links import COORDINATOR, Links
 from worker.loading import WorkerPart
 from worker.spool import Spool
-from worker.star import Star, StarFrame
+from worker.star import Star
 from worker.steps import Parts, StepRunner, Work
 from worker.store import TileStore
 from worker.wire import Arrival
@@ -157,20 +158,23 @@ class Executor:
         if self._num_urgent:
             raise _Superseded
 
-    def next_star_frame(self, timeout_s: float) -> StarFrame | None:
-        """Return the next `Partial` or `Sum`; what else arrives waits for its turn."""
-        deadline = time.monotonic() + timeout_s
-        while True:
+    def collect(self, due: Due, timeout_s: float) -> Arrival | None:
+        """Wait for what is due; a `Partial` or `Sum` that is not is returned, what else arrives waits for its turn."""
+        missing, deadline = len(due.headers), time.monotonic() + timeout_s
+        while due.headers:
             # What has come is taken before way is given: the sum that ends a step is worth the step.
-            arrival = self._receive(0 if self._num_urgent else deadline - time.monotonic())
-            if arrival is None:
-                self.give_way()
-                if time.monotonic() >= deadline:
-                    return None
-            elif isinstance(arrival.message, Partial | Sum):
-                return StarFrame(*arrival)
-            else:
+            arrival = self._receive(0 if self._num_urgent else deadline - time.monotonic(), due)
+            if arrival is not None and not isinstance(arrival.message, bytes):
                 self._keep(arrival)
+            elif arrival is not None and not due.take(arrival):
+                return arrival
+            elif arrival is None and due.headers:
+                self.give_way()
+            if len(due.headers) < missing:
+                missing, deadline = len(due.headers), time.monotonic() + timeout_s
+            elif time.monotonic() >= deadline:
+                break
+        return None
 
     def hear(self) -> None:
         """Take a message that came while this loads."""
@@ -250,13 +254,12 @@ class Executor:
             case Activation():
                 runner.on_activation(arrival.sender, arrival.message, arrival.payload)
             case _:
-                name = type(arrival.message).__name__
-                raise InvariantBroken(f"{arrival.sender} sent a {name} outside of a step", node=arrival.sender)
+                raise InvariantBroken(f"{arrival.sender} sent a part or a sum outside of a step", node=arrival.sender)
 
-    def _receive(self, timeout_s: float) -> Arrival | None:
-        """Return the next message; keys and values are taken at once, whatever is under way."""
+    def _receive(self, timeout_s: float, due: Due | None = None) -> Arrival | None:
+        """Return the next message, or take what is due; keys and values are taken at once, whatever is under way."""
         try:
-            arrival = self._links.receive(timeout_s)
+            arrival = self._links.receive(timeout_s, due)
         except PeerLost as error:
             if self._traffic is None or error.node in self._traffic.neighbours:
                 raise

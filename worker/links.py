@@ -18,23 +18,26 @@ from typing import Any, Final
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from protocol import flat
 from protocol.errors import PeerLost, ProtocolViolation
-from protocol.frames import Buffer, Received, encode
+from protocol.frames import Buffer, encode
 from protocol.ids import WorkerId
-from protocol.messages import Activation, KvRows, LinkHello, LinkMode, LinkOrder, LinkWelcome, Partial, Sum
-from protocol.security import Gate, KeyPair
-from protocol.transport import bind_router, dial, envelope_of, monitor_of
+from protocol.messages import Activation, KvRows, LinkHello, LinkMode, LinkOrder, LinkWelcome
+from protocol.security import KeyPair
 from worker.coordinator_line import CoordinatorLine, StepFrames, read_line
+from worker.doors import Doors
+from worker.due import Due
+from worker.listener import Heard, Listener, heard
 from worker.peer import Peer
-from worker.sending import MAX_FRAME_BYTES, Lent, lend, receive_now, send_now, send_within
+from worker.sending import Lent, lend, receive_now, send_now, send_within
 from worker.waker import Waker
-from worker.watch import Watch, has_message
-from worker.wire import Arrival, pack_data, unpack_data
+from worker.watch import Watch
+from worker.wire import Arrival, open_from, pack_data
 
 MAX_STASHED: Final = 1024
 TICK_S: Final = 0.02  # while links are being made
-BETWEEN_WORKERS: Final = (Activation, KvRows, Partial, Sum)
 COORDINATOR: Final = WorkerId("")
+RELAY: Final = LinkMode.RELAY
 _log = logging.getLogger(__name__)
 
 
@@ -46,11 +49,8 @@ class Links:
         self._keys = keys
         self._clock = clock
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._admitted: frozenset[bytes] = frozenset()
-        self._gate = Gate(self._context, lambda key: key in self._admitted)
-        self._gate.start()
-        self._listener, self.address = bind_router(self._context, keys, listen, MAX_FRAME_BYTES)
-        self._monitor = monitor_of(self._listener, zmq.EVENT_DISCONNECTED)
+        self._listener = Listener(self._context, keys, listen)
+        self.address = self._listener.address
         self._waker = Waker()
         self._line = CoordinatorLine(self._context, keys)
         self._peers: dict[WorkerId, Peer] = {}
@@ -58,6 +58,7 @@ class Links:
         self._arrivals: deque[Arrival] = deque()
         self._watch = Watch(self._waker)
         self._takers: dict[object, Callable[[], None]] = {}
+        self._doors = Doors(self._listener.socket, {})
         self._is_linking = self._is_woken = False
         self.epoch = 0
         self.num_dropped = 0
@@ -71,7 +72,7 @@ class Links:
 
     def admit(self, keys: Iterable[bytes]) -> None:
         """Let these keys, and no others, open connections to the listener."""
-        self._admitted = frozenset(keys)
+        self._listener.admit(keys)
 
     # ------------------------------------------------------------ making links
 
@@ -108,7 +109,7 @@ class Links:
         missing = [peer.worker for peer in self._peers.values() if not peer.is_linked]
         if not self._line.is_up:
             missing.append(COORDINATOR)
-        self._touch_line()
+        self._watch.touch(self._line.socket)
         return tuple(missing)
 
     # ------------------------------------------------------------ frames
@@ -128,7 +129,7 @@ class Links:
     def offer(self, target: WorkerId, message: object, payload: Buffer) -> Lent | None:
         """Lend a message to a neighbour's link if that takes it at once; None when not now, or not any more."""
         peer = self._peers.get(target)
-        socket, before = peer.way(self._listener, self._line) if peer is not None else (None, [])
+        socket, before = peer.way(self._listener.socket, self._line) if peer is not None else (None, [])
         if socket is None:
             return None
         self._watch.touch(socket)
@@ -137,14 +138,21 @@ class Links:
     def send_up(self, message: object, payload: Buffer | None = None) -> None:
         """Send to the coordinator; raises CoordinatorLost."""
         self._line.send(encode(message, payload))
-        self._touch_line()
+        self._watch.touch(self._line.socket)
 
-    def receive(self, timeout_s: float) -> Arrival | None:
+    def receive(self, timeout_s: float, due: Due | None = None) -> Arrival | None:
         """Return the next message of this epoch; None after `timeout_s` or when woken.
 
+        Frames that are `due` may be taken instead of returned; when that completes it, None is returned at once. This
+        is faster where all of them come in by one socket, but hears of anything else (a wake, a break, others'
+        messages) up to 10 ms later.
         Raises PeerLost (naming it) or CoordinatorLost when a connection breaks, ProtocolViolation for what may not
         be sent.
         """
+        if due is not None and timeout_s > 0 and not self._arrivals and not self._is_linking:
+            self._take_due(due)
+            if not due.headers:
+                return None
         if self._arrivals:
             return self._arrivals.popleft()
         deadline = self._clock() + timeout_s
@@ -165,44 +173,48 @@ class Links:
     def close(self) -> None:
         """Close every socket and the gate."""
         self._drop_peers()
-        self._listener.disable_monitor()
-        self._monitor.close()
-        self._listener.close(linger=200)
+        self._listener.close()
         self._line.close()
         self._watch.close()
-        self._gate.close()
         self._waker.close()
         self._context.term()
 
     # ------------------------------------------------------------ inside
 
     def _send_to_peer(self, peer: Peer, frames: list[Buffer]) -> None:
-        if peer.mode is LinkMode.RELAY:
+        if peer.mode is RELAY:
             self._relay(peer.worker, frames)
         elif peer.dealer is not None:
             send_within(peer.dealer, frames)
             self._watch.touch(peer.dealer)
         elif peer.route:
-            send_within(self._listener, [peer.route, *frames])
-            self._watch.touch(self._listener)
+            send_within(self._listener.socket, [peer.route, *frames])
+            self._watch.touch(self._listener.socket)
         else:
             raise PeerLost(f"{peer.worker} is not linked", node=peer.worker, phase="send")
 
-    def _take_from_listener(self) -> None:
-        frames = receive_now(self._listener)
-        envelope = envelope_of(frames)
-        peer = self._by_key.get(envelope.public_key)
-        received = self._decode(peer, envelope.frames)
+    def _take_due(self, due: Due) -> None:
+        door = self._doors.door(due.sources)
+        unread = self._doors.take(door, due) if door is not None else None
+        self._watch.touch(door)
+        if unread is not None and door is self._listener.socket:
+            self._hear(heard(unread))
+        elif unread is not None:
+            self._take_frames(self._peers[due.sources[0]], [frame.buffer for frame in unread])
+
+    def _hear(self, one: Heard) -> None:
+        peer = self._by_key.get(one.key)
+        received = open_from(peer.worker if peer is not None else None, one.frames)
         if received is None:
             self.num_dropped += 1
         elif isinstance(received.message, LinkHello):
-            self._answer_hello(peer, received.message, envelope.routing_id, int(frames[0].get(zmq.SRCFD)))
-        elif peer is None or peer.mode is not LinkMode.LISTEN or peer.route != envelope.routing_id:
+            self._answer_hello(peer, received.message, one)
+        elif peer is None or peer.route != one.route:  # only a neighbour that dials us has a route, once it said hello
             self.num_dropped += 1
         else:
             self._take_from_peer(peer, received.message, received.payload)
 
-    def _answer_hello(self, peer: Peer | None, hello: LinkHello, route: bytes, descriptor: int) -> None:
+    def _answer_hello(self, peer: Peer | None, hello: LinkHello, one: Heard) -> None:
         is_probe = hello.epoch == 0
         is_ours = peer is not None and peer.mode is LinkMode.LISTEN and hello.epoch == self.epoch
         if (peer is not None and hello.worker != peer.worker) or not (is_probe or is_ours):
@@ -210,11 +222,11 @@ class Links:
             return
         if peer is not None and is_ours and not is_probe:
             self._take_listener_events()  # descriptors come again: hear first what became of this one's last owner
-            peer.route, peer.descriptor = route, descriptor
+            peer.route, peer.descriptor = one.route, one.descriptor
             self._mark(peer, is_linked=True)
         frames = encode(LinkWelcome(worker=self._line.own, epoch=hello.epoch))
         try:
-            send_now(self._listener, [route, *frames])
+            self._listener.send(one.route, frames)
         except zmq.ZMQError as error:  # it asked and went; when it is a neighbour, the break shows on its own
             _log.info("no way back to %s: %s", hello.worker, error.strerror)
 
@@ -226,19 +238,9 @@ class Links:
         self._broken(peer)
 
     def _take_frames(self, peer: Peer, frames: Sequence[Buffer]) -> None:
-        received = self._decode(peer, frames)
+        received = open_from(peer.worker, frames)
         if received is not None:
             self._take_from_peer(peer, received.message, received.payload)
-
-    def _decode(self, peer: Peer | None, frames: Sequence[Buffer]) -> Received | None:
-        """Decode frames; what a neighbour garbles is an error that names it, what a stranger garbles is dropped."""
-        try:
-            return unpack_data(frames)
-        except ProtocolViolation as error:
-            if peer is None:
-                return None
-            error.node = peer.worker
-            raise
 
     def _take_wake(self) -> None:
         self._waker.clear()
@@ -247,7 +249,7 @@ class Links:
     def _take_from_coordinator(self, line: zmq.Socket[bytes]) -> None:
         found = read_line([frame.buffer for frame in receive_now(line)])
         if isinstance(found, StepFrames):
-            self._stash(Arrival(COORDINATOR, found.step, found.payload))
+            self._stash(Arrival(COORDINATOR, found.step, found.payload), found.step.epoch)
             return
         peer = self._peers.get(found.source)
         if peer is None or peer.mode is not LinkMode.RELAY or found.target != self._line.own:
@@ -256,20 +258,22 @@ class Links:
         self._take_frames(peer, found.frames)
 
     def _take_from_peer(self, peer: Peer, message: Any, payload: memoryview) -> None:
-        if isinstance(message, LinkWelcome):
+        if isinstance(message, bytes):
+            self._stash(Arrival(peer.worker, message, payload), flat.epoch_of(message))
+        elif isinstance(message, Activation | KvRows):
+            self._stash(Arrival(peer.worker, message, payload), message.epoch)
+        elif isinstance(message, LinkWelcome):
             if message.epoch == self.epoch and message.worker == peer.worker:
                 self._mark(peer, is_linked=True)
         elif isinstance(message, LinkHello):  # relayed; a direct one goes to the listener
             if message.epoch == self.epoch and peer.mode is LinkMode.RELAY:
                 self._send_to_peer(peer, encode(LinkWelcome(worker=self._line.own, epoch=self.epoch)))
-        elif isinstance(message, BETWEEN_WORKERS):
-            self._stash(Arrival(peer.worker, message, payload))
         else:
             name = type(message).__name__
             raise ProtocolViolation(f"{peer.worker} may not send {name}", node=peer.worker, phase="receive")
 
-    def _stash(self, arrival: Arrival) -> None:
-        if arrival.message.epoch != self.epoch:
+    def _stash(self, arrival: Arrival, epoch: int) -> None:
+        if epoch != self.epoch:
             self.num_dropped += 1
         elif len(self._arrivals) >= MAX_STASHED:
             raise ProtocolViolation(f"{len(self._arrivals)} messages wait to be computed", node=arrival.sender)
@@ -277,11 +281,10 @@ class Links:
             self._arrivals.append(arrival)
 
     def _take_listener_events(self) -> None:
-        self._watch.touch(self._monitor)
-        while has_message(self._monitor):
-            event = recv_monitor_message(self._monitor)
+        self._watch.touch(self._listener.monitor)
+        for descriptor in self._listener.ended():
             for peer in self._peers.values():
-                if peer.mode is LinkMode.LISTEN and peer.is_linked and peer.descriptor == event["value"]:
+                if peer.mode is LinkMode.LISTEN and peer.is_linked and peer.descriptor == descriptor:
                     self._broken(peer)
 
     def _broken(self, peer: Peer) -> None:
@@ -291,24 +294,19 @@ class Links:
 
     def _relay(self, target: WorkerId, frames: Sequence[Buffer]) -> None:
         self._line.relay(target, frames)
-        self._touch_line()
-
-    def _touch_line(self) -> None:
-        if self._line.socket is not None:
-            self._watch.touch(self._line.socket)
+        self._watch.touch(self._line.socket)
 
     def _mark(self, peer: Peer, *, is_linked: bool) -> None:
         peer.is_linked = is_linked
         self._is_linking = any(not other.is_linked for other in self._peers.values())
+        self._doors = Doors(self._listener.socket, self._peers)
 
     def _tend(self) -> None:
         """Dial and greet neighbours that have not answered yet."""
         now = self._clock()
         for peer in self._peers.values():
             if peer.must_dial(now):
-                routing_id = f"{self._line.own}/{self.epoch}.{peer.number_of_dials}".encode()
-                address = peer.next_address()
-                peer.dialled(dial(self._context, address, self._keys, peer.key, routing_id, MAX_FRAME_BYTES), now)
+                peer.dial(self._context, self._keys, f"{self._line.own}/{self.epoch}", now)
                 self._refresh()
             if peer.must_greet(now):
                 self._greet(peer, now)
@@ -337,8 +335,8 @@ class Links:
 
     def _refresh(self) -> None:
         takers: dict[Any, Callable[[], None]] = {
-            self._listener: self._take_from_listener,
-            self._monitor: self._take_listener_events,
+            self._listener.socket: lambda: self._hear(self._listener.receive()),
+            self._listener.monitor: self._take_listener_events,
             **self._line.takers(self._take_from_coordinator),
         }
         for peer in self._peers.values():
@@ -348,3 +346,4 @@ class Links:
                 takers[peer.monitor] = partial(self._take_dealer_event, peer, peer.monitor)
         self._watch.watch(takers)
         self._takers = {**takers, self._waker: self._take_wake}
+        self._doors = Doors(self._listener.socket, self._peers)

@@ -12,8 +12,10 @@ import zmq
 from protocol.frames import encode
 from protocol.ids import WorkerId
 from protocol.messages import LinkMode, LinkOrder, Relay
-from protocol.transport import monitor_of
+from protocol.security import KeyPair
+from protocol.transport import dial, monitor_of
 from worker.coordinator_line import CoordinatorLine
+from worker.sending import DEAF_MOST_MS, MAX_FRAME_BYTES
 
 DIAL_S: Final = 0.7
 HELLO_S: Final = 0.4
@@ -47,8 +49,11 @@ class Peer:
             return False
         return now >= self._dial_at
 
-    def dialled(self, dealer: zmq.Socket[bytes], now: float) -> None:
-        """Take the new connection; the old one is closed."""
+    def dial(self, context: zmq.Context[zmq.Socket[bytes]], keys: KeyPair, name: str, now: float) -> None:
+        """Open a new connection, as `<name>.<number>`, to the next address; the old one is closed."""
+        routing_id = f"{name}.{self.number_of_dials}".encode()
+        dealer = dial(context, self.next_address(), keys, self.key, routing_id, MAX_FRAME_BYTES)
+        dealer.setsockopt(zmq.RCVTIMEO, DEAF_MOST_MS)
         self.close()
         self.dealer = dealer
         self.monitor = monitor_of(dealer, zmq.EVENT_DISCONNECTED)

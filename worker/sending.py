@@ -1,4 +1,4 @@
-"""How the compute thread sends: never blocking without end, and without a copy where that is cheaper.
+"""How the compute thread sends and receives: never blocking without end, and without a copy where that is cheaper.
 
 Knows nothing of messages or of whom a socket leads to.
 """
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Final, Protocol
 
 import zmq
+from zmq.backend import Socket as PlainSocket
 
 from protocol.frames import Buffer
 from protocol.messages import MAX_TENSOR_BYTES
@@ -18,9 +19,12 @@ from protocol.messages import MAX_TENSOR_BYTES
 MAX_FRAME_BYTES: Final = MAX_TENSOR_BYTES + 2**20
 COPY_MOST_BYTES: Final = 64 * 1024
 SEND_DEADLINE_S: Final = 5.0
+DEAF_MOST_MS: Final = 10  # RCVTIMEO of sockets that are waited at one by one
 UNDELIVERED: Final = frozenset({errno.EAGAIN, errno.EHOSTUNREACH})
 NOBLOCK: Final = int(zmq.NOBLOCK)  # plain numbers: adding two members of pyzmq's enum takes as long as sending 4 KiB
 NOBLOCK_MORE: Final = int(zmq.NOBLOCK) + int(zmq.SNDMORE)
+BLOCK: Final = 0
+_send: Final = PlainSocket.send  # its subclass has a `send` around this one, for kinds of sockets that we don't use
 
 
 def send_within(socket: zmq.Socket[Any], frames: Sequence[Buffer], deadline_s: float = SEND_DEADLINE_S) -> None:
@@ -43,9 +47,12 @@ def send_within(socket: zmq.Socket[Any], frames: Sequence[Buffer], deadline_s: f
 def send_now(socket: zmq.Socket[Any], frames: Sequence[Buffer]) -> None:
     """Send or raise zmq.Again; either all frames are taken or none."""
     for frame in frames[:-1]:
-        socket.send(frame, NOBLOCK_MORE)
+        _send(socket, frame, NOBLOCK_MORE)
     last = frames[-1]
-    socket.send(last, NOBLOCK, copy=len(last) <= COPY_MOST_BYTES)
+    if len(last) <= COPY_MOST_BYTES:
+        _send(socket, last, NOBLOCK)
+    else:
+        _send(socket, last, NOBLOCK, copy=False)
 
 
 class Lent(Protocol):
@@ -71,9 +78,11 @@ def lend(socket: zmq.Socket[Any], frames: Sequence[Buffer]) -> Lent | None:
 
 def receive_now(socket: zmq.Socket[Any]) -> list[zmq.Frame]:
     """Return the frames of one message, not copied, or raise zmq.Again."""
-    frame = socket.recv(NOBLOCK, copy=False)
-    frames = [frame]
-    while frame.more:
-        frame = socket.recv(0, copy=False)
-        frames.append(frame)
+    return receive_rest(socket, [socket.recv(NOBLOCK, copy=False)])
+
+
+def receive_rest(socket: zmq.Socket[Any], frames: list[zmq.Frame]) -> list[zmq.Frame]:
+    """Return all frames of a message of which some were received; they are all there when the first is."""
+    while frames[-1].more:
+        frames.append(socket.recv(BLOCK, copy=False))
     return frames

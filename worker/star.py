@@ -3,46 +3,47 @@
 Knows nothing of sockets (it is given `Post`) or of layers. Parts are added in the order of ranks, in fp32, rounded to
 the wire's format first, so every member computes on with the same bits whoever is hub.
 
+A frame is compared with the one that is due (`worker.due`), and decoded only to say in what it differs.
+
 Shapes: T rows of a batch, D hidden.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 
-from protocol.errors import DeadlineExceeded, ProtocolViolation
+from protocol import flat
+from protocol.errors import DeadlineExceeded, ProtocolViolation, StepFailed
 from protocol.frames import Buffer
 from protocol.ids import WorkerId
 from protocol.messages import Partial, Sum
 from protocol.plans import Plan
-from runtime.reduce import Part, add_parts, from_wire, sum_partials, to_wire
-from runtime.tensors import dtype_of
-from worker.collector import Collector, Operation
+from runtime.reduce import add_parts, sum_partials
+from runtime.tensors import as_bytes, as_tensor, dtype_of
+from worker.due import Due
+from worker.wire import Arrival
 
 STEP_TIMEOUT_S: Final = 30.0
-
-
-class StarFrame(NamedTuple):
-    """A `Partial` or a `Sum`, and who proved to have sent it."""
-
-    sender: WorkerId
-    message: Any
-    payload: memoryview
+PARTIAL: Final = flat.FORMS[Partial]
+SUM: Final = flat.FORMS[Sum]
 
 
 class Post(Protocol):
     """What the star needs of the outside."""
 
     def send(self, targets: Sequence[WorkerId], message: object, payload: Buffer) -> None:
-        """Send the same message to members; raises PeerLost."""
+        """Send the same message (or the header of its flat form) to members; raises PeerLost."""
         ...
 
-    def next_star_frame(self, timeout_s: float) -> StarFrame | None:
-        """Return the next `Partial` or `Sum`, or None after `timeout_s`; raises what ends the step."""
+    def collect(self, due: Due, timeout_s: float) -> Arrival | None:
+        """Wait until all that is due has come, or nothing of it comes for `timeout_s`; raises what ends the step.
+
+        Returns at once with a `Partial` or `Sum` that is not due.
+        """
         ...
 
 
@@ -57,17 +58,24 @@ class Star:
             raise ValueError(f"{own} is a member of no stage")
         stage = plan.stages[number]
         self._plan = plan
+        self._own, self._hub = own, stage.hub_worker
+        self._is_hub = own == self._hub
         self._members = tuple(share.worker for share in stage.members)
-        self._others = tuple(worker for worker in self._members if worker != own)
-        self._rank = stage.rank_of(own)
-        self._hub = stage.hub
+        self._ranks = {worker: rank for rank, worker in enumerate(self._members)}
+        self._rank = self._ranks[own]
+        self._targets = tuple(worker for worker in self._members if worker != own) if self._is_hub else (self._hub,)
+        owing = [(share, rank) for rank, share in enumerate(stage.members) if share.worker != own]
+        self._owing = (  # by parity of the operation: attention, FFN
+            tuple((share.worker, rank) for share, rank in owing if len(share.groups)),
+            tuple((share.worker, rank) for share, rank in owing if len(share.ffn)),
+        )
         self._post = post
         self._timeout_s = timeout_s
         self._device = device
-        attention = frozenset(rank for rank, share in enumerate(stage.members) if len(share.groups))
-        ffn = frozenset(rank for rank, share in enumerate(stage.members) if len(share.ffn))
-        self._ranks_of_parity = (attention - {self._rank}, ffn - {self._rank})
+        self._format = flat.place_of(plan.wire)
         self._activations, self._wire = dtype_of(plan.model.activations), dtype_of(plan.wire)
+        self._hidden = plan.model.hidden
+        self._row_bytes = self._hidden * self._wire.itemsize
         self._is_plain = device.type == "cpu" and self._wire is self._activations  # what comes in can be computed on
         self.num_ops = 0
         self.num_bytes = 0
@@ -75,78 +83,84 @@ class Star:
     def reduce(self, step: int, num_rows: int, op: int, own_TD: Tensor | None) -> Tensor:
         """Return the sum of `op` over all members, `[T, D]`; every member calls this for every operation.
 
-        Raises ProtocolViolation for a frame that does not fit, DeadlineExceeded naming whom it waited for in vain.
+        Raises ProtocolViolation for a frame that does not fit, DeadlineExceeded naming whom it waited for in vain,
+        StepFailed for an own part of another shape.
         """
-        shape = (num_rows, self._plan.model.hidden)
-        if len(self._members) == 1:
+        if len(self._ranks) == 1:
             total_TD = sum_partials([own_TD], self._plan.wire)
             self.num_ops += 1
             return total_TD.to(self._activations)
-        if own_TD is not None and not (own_TD.is_cpu and own_TD.dtype is self._wire):
-            own_TD = own_TD.to("cpu", self._wire)
-        if self._rank == self._hub:
-            total_TD = self._gather(Operation(step, op), shape, own_TD)
-        else:
-            total_TD = self._ask_hub(Operation(step, op), shape, own_TD)
+        num_bytes = num_rows * self._row_bytes
+        own = None if own_TD is None else self._own_bytes(own_TD, num_bytes)
+        payload = (self._gather if self._is_hub else self._ask_hub)(step, op, num_rows, own)
+        total_TD = as_tensor(payload, self._wire, (num_rows, self._hidden))
         self.num_ops += 1
         return total_TD if self._is_plain else total_TD.to(self._device, self._activations)
 
-    def _gather(self, operation: Operation, shape: tuple[int, int], own_TD: Tensor | None) -> Tensor:
-        collector: Collector[Part] = Collector(operation, self._ranks_of_parity[operation.op % 2])
-        while not collector.is_complete:
-            frame = self._post.next_star_frame(self._timeout_s)
-            if frame is None:
-                raise self._silence(operation, tuple(self._members[rank] for rank in collector.missing))
-            message = frame.message
-            if not isinstance(message, Partial):
-                raise self._violation(frame, "sent a sum to the hub")
-            if not (0 <= message.rank < len(self._members)) or self._members[message.rank] != frame.sender:
-                raise self._violation(frame, f"claims rank {message.rank}")
-            self._check(frame, shape)
-            collector.add(Operation(message.step, message.op), message.rank, frame.payload)
-        payload = add_parts(collector.in_rank_order(self._rank, own_TD), self._plan.wire, shape)
-        message = Sum(epoch=self._plan.epoch, step=operation.step, op=operation.op, format=self._plan.wire)
-        self._post.send(self._others, message, payload)
-        self.num_bytes += len(payload) * len(self._others)
-        return from_wire(payload, self._plan.wire, shape)
+    def _own_bytes(self, own_TD: Tensor, num_bytes: int) -> memoryview:
+        if own_TD.dtype is not self._wire:
+            own_TD = own_TD.to(self._wire)
+        own = as_bytes(own_TD)
+        if len(own) != num_bytes:
+            raise StepFailed(f"the own part of a sum of {num_bytes} bytes has shape {list(own_TD.shape)}")
+        return own
 
-    def _ask_hub(self, operation: Operation, shape: tuple[int, int], own_TD: Tensor | None) -> Tensor:
-        hub, plan = self._members[self._hub], self._plan
-        if own_TD is not None:
-            message = Partial(epoch=plan.epoch, step=operation.step, op=operation.op, rank=self._rank, format=plan.wire)
-            payload = to_wire(own_TD, plan.wire)
-            self._post.send((hub,), message, payload)
-            self.num_bytes += len(payload)
-        frame = self._post.next_star_frame(self._timeout_s)
-        if frame is None:
-            raise self._silence(operation, (hub,))
-        if not isinstance(frame.message, Sum) or frame.sender != hub:
-            raise self._violation(frame, f"sent a {type(frame.message).__name__} where the hub's sum was due")
-        if (frame.message.step, frame.message.op) != operation:
-            raise self._violation(
-                frame,
-                f"sent the sum of op {frame.message.op} in step {frame.message.step}, due was op {operation.op} in "
-                f"step {operation.step}",
+    def _gather(self, step: int, op: int, num_rows: int, own: memoryview | None) -> memoryview:
+        """Hub: wait for every part, add them in rank order, hand out the sum."""
+        epoch, form = self._plan.epoch, self._format
+        headers = {worker: PARTIAL.header(epoch, step, op, rank, form) for worker, rank in self._owing[op % 2]}
+        num_bytes = num_rows * self._row_bytes
+        due = Due(step, op, headers, num_bytes)
+        self._collect(due)
+        if own is not None:
+            due.parts[self._own] = own
+        parts = [due.parts[worker] for worker in self._members if worker in due.parts]
+        payload = add_parts(parts, self._plan.wire, (num_rows, self._hidden))
+        self._post.send(self._targets, SUM.header(epoch, step, op, form), payload)
+        self.num_bytes += num_bytes * (len(parts) + len(self._targets))
+        return payload
+
+    def _ask_hub(self, step: int, op: int, num_rows: int, own: memoryview | None) -> memoryview:
+        """Another member: send the own part, wait for the sum."""
+        epoch, form = self._plan.epoch, self._format
+        if own is not None:
+            self._post.send(self._targets, PARTIAL.header(epoch, step, op, self._rank, form), own)
+        due = Due(step, op, {self._hub: SUM.header(epoch, step, op, form)}, num_rows * self._row_bytes)
+        self._collect(due)
+        self.num_bytes += due.num_bytes * (1 if own is None else 2)
+        return due.parts[self._hub]
+
+    def _collect(self, due: Due) -> None:
+        arrival = self._post.collect(due, self._timeout_s)
+        if arrival is not None:
+            raise self._difference(arrival, due)
+        if due.headers:
+            raise DeadlineExceeded(
+                f"{', '.join(due.headers)} sent nothing for op {due.op} of step {due.step} within "
+                f"{self._timeout_s:g} s",
+                node=next(iter(due.headers)),
+                phase="reduce",
             )
-        self._check(frame, shape)
-        return from_wire(frame.payload, plan.wire, shape)
 
-    def _check(self, frame: StarFrame, shape: tuple[int, int]) -> None:
-        """Take nothing that is not the plan's wire, or too short or long; says who sent it."""
-        if frame.message.format is not self._plan.wire:
-            raise self._violation(frame, f"sent {frame.message.format}, the plan's wire is {self._plan.wire}")
-        num_bytes = shape[0] * shape[1] * self._wire.itemsize
-        if frame.payload.nbytes != num_bytes:
-            raise self._violation(frame, f"sent {frame.payload.nbytes} bytes, {num_bytes} are the {list(shape)} due")
-        self.num_bytes += num_bytes
-
-    def _silence(self, operation: Operation, awaited: tuple[WorkerId, ...]) -> DeadlineExceeded:
-        return DeadlineExceeded(
-            f"{', '.join(awaited)} sent nothing for op {operation.op} of step {operation.step} within "
-            f"{self._timeout_s:g} s",
-            node=awaited[0],
-            phase="reduce",
-        )
-
-    def _violation(self, frame: StarFrame, what: str) -> ProtocolViolation:
-        return ProtocolViolation(f"{frame.sender} {what}", node=frame.sender, phase="reduce")
+    def _difference(self, arrival: Arrival, due: Due) -> ProtocolViolation:
+        """Say in what a frame differs from the one that was due from its sender."""
+        sender, num_bytes = arrival.sender, len(arrival.payload)
+        try:
+            message = flat.unpack(arrival.message)
+        except ProtocolViolation as error:
+            error.node = sender
+            return error
+        kind = Partial if self._is_hub else Sum
+        if not isinstance(message, kind) or (kind is Sum and sender != self._hub):
+            what = f"sent a {type(message).__name__}, due was a {kind.__name__}{'' if self._is_hub else ' of the hub'}"
+        elif isinstance(message, Partial) and message.rank != self._ranks.get(sender):
+            what = f"claims rank {message.rank}"
+        elif (message.step, message.op) != (due.step, due.op):
+            what = f"sent op {message.op} of step {message.step}, due was op {due.op} of step {due.step}"
+        elif message.format is not self._plan.wire:
+            what = f"sent {message.format}, the plan's wire is {self._plan.wire}"
+        elif num_bytes != due.num_bytes:
+            what = f"sent {num_bytes} bytes, due were {due.num_bytes}"
+        else:
+            what = f"has no part in op {message.op}, or sent it twice"
+        return ProtocolViolation(f"{sender} {what}", node=sender, phase="reduce")

@@ -45,9 +45,9 @@ class Watch:
         for socket in self._sockets:
             self._selector.register(cast(int, socket.get(DESCRIPTOR)), selectors.EVENT_READ, socket)
 
-    def touch(self, socket: zmq.Socket[Any]) -> None:
-        """Say that a socket was sent on, or asked for anything."""
-        if socket not in self._asked:
+    def touch(self, socket: zmq.Socket[Any] | None) -> None:
+        """Say that a socket, if there is one, was sent on, or asked for anything."""
+        if socket is not None and socket not in self._asked:
             self._asked.append(socket)
 
     def readable(self, timeout_s: float) -> list[Any]:

@@ -13,6 +13,7 @@ import torch
 import zmq
 from tiny_cluster import LOOPBACK, SPEC, TinyCluster, plan_of
 
+from protocol import flat
 from protocol.batches import SessionRows
 from protocol.errors import AccessRefused, BudgetTooSmall, CoordinatorLost, DeadlineExceeded, ManyhandsError, PeerLost
 from protocol.frames import decode, encode
@@ -24,6 +25,7 @@ from protocol.specs import ActivationFormat, Span
 from protocol.tiles import TileId, TileKind
 from protocol.transport import bind_router, dial
 from worker.commands import Begin, Drop, Failed, Forget, LoadTiles, Ready, Rest, Stop, TilesSpoiled
+from worker.due import Due
 from worker.links import Links
 from worker.wire import unpack_data
 
@@ -92,7 +94,7 @@ def test_frames_go_both_ways_and_those_of_other_epochs_are_dropped(ends: tuple[L
     two.send((A,), partial(1), b"now")
     arrival = one.receive(5.0)
     assert arrival is not None
-    assert (arrival.sender, arrival.message, bytes(arrival.payload)) == (B, partial(1), b"now")
+    assert (arrival.sender, flat.unpack(arrival.message), bytes(arrival.payload)) == (B, partial(1), b"now")
     assert one.num_dropped == 2
     one.send((B,), partial(1, op=1), bytes(100_000))
     answer = two.receive(5.0)
@@ -110,11 +112,11 @@ def test_a_broken_connection_is_told_at_both_ends(ends: tuple[Links, Links]) -> 
 
 def test_the_dialling_end_hears_of_a_break_too(ends: tuple[Links, Links]) -> None:
     one, two = ends
-    one._listener.close(linger=0)
+    one._listener.socket.close(linger=0)
     with pytest.raises(PeerLost) as caught:
         two.receive(5.0)
     assert caught.value.node == A
-    one._listener = one._context.socket(zmq.ROUTER)  # something for the fixture to close
+    one._listener.socket = one._context.socket(zmq.ROUTER)  # something for the fixture to close
 
 
 def test_what_a_neighbour_may_not_send_is_refused(ends: tuple[Links, Links]) -> None:
@@ -123,6 +125,75 @@ def test_what_a_neighbour_may_not_send_is_refused(ends: tuple[Links, Links]) -> 
     two.send((A,), Step(epoch=1, step=1, rows=rows), b"\0\0\0\0")
     with pytest.raises(ManyhandsError, match="b may not send Step"):
         one.receive(5.0)
+
+
+def due_of(op: int, num_bytes: int) -> Due:
+    return Due(1, op, {B: flat.FORMS[Partial].pack(partial(1, op))}, num_bytes)
+
+
+def test_what_is_due_is_taken_and_what_comes_before_it_is_returned(ends: tuple[Links, Links]) -> None:
+    one, two = ends
+    rows = (SessionRows(session=SessionId(1), start=0, count=1, capacity=1),)
+    two.send((A,), partial(0), b"of another epoch")
+    two.send((A,), Activation(epoch=1, step=1, stage=0, format=ActivationFormat.FLOAT32, rows=rows), b"first")
+    two.send((A,), partial(1, op=7), b"four")
+    two.send((A,), partial(1, op=3), b"five")
+    due = due_of(3, 4)
+    found = []
+    while due.headers:
+        arrival = one.receive(5.0, due)
+        if arrival is not None:
+            found.append(bytes(arrival.payload))
+    assert found == [b"first", b"four"]
+    assert bytes(due.parts[B]) == b"five"
+    assert one.num_dropped == 1
+
+
+@pytest.mark.parametrize("payload", [b"too long", b"", bytes(40_000)])
+def test_a_frame_of_another_length_is_not_taken_as_due(ends: tuple[Links, Links], payload: bytes) -> None:
+    one, two = ends
+    two.send((A,), partial(1), payload)
+    due = due_of(0, 4)
+    arrival = one.receive(5.0, due)
+    assert arrival is not None
+    assert not due.take(arrival)
+    assert (len(arrival.payload), list(due.headers)) == (len(payload), [B])
+
+
+def test_a_wait_for_what_is_due_hears_a_wake_and_a_break(ends: tuple[Links, Links]) -> None:
+    one, two = ends
+    one.wake()
+    assert one.receive(60.0, due_of(0, 4)) is None
+    two.end()
+    with pytest.raises(PeerLost) as caught:
+        one.receive(60.0, due_of(0, 4))
+    assert caught.value.node == B
+
+
+def test_a_stolen_name_is_not_taken_for_its_owner(ends: tuple[Links, Links]) -> None:
+    """A third worker, admitted with its own key, claims the routing id of one that has just gone."""
+    one, two = ends
+    thief_keys = KeyPair.generate()
+    one.admit([two._keys.public, thief_keys.public])
+    route = one._peers[B].route
+    two.end()
+    assert one._listener.monitor.poll(5000)  # gone, and nobody has been told yet
+    context: zmq.Context[Any] = zmq.Context()
+    try:
+        for _ in range(40):  # a ROUTER is deaf to a second owner of a name until it has let go of the first
+            thief = dial(context, one.address, thief_keys, one._keys.public, route, 2**20)
+            assert thief.poll(5000, zmq.POLLOUT)
+            thief.send(flat.FORMS[Partial].pack(partial(1)) + b"evil")
+            if one._listener.socket.poll(250):
+                break
+            thief.close(linger=0)
+        due = due_of(0, 4)
+        unread = one._doors.take(one._listener.socket, due)
+        assert due.headers and not due.parts
+        assert unread is not None
+        assert unread[0].bytes == route
+    finally:
+        context.destroy(linger=0)
 
 
 def test_a_wake_ends_a_wait(ends: tuple[Links, Links]) -> None:

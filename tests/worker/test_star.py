@@ -11,15 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_cluster import SPEC, plan_of
 
-from protocol.errors import DeadlineExceeded, ManyhandsError, ProtocolViolation
+from protocol import flat
+from protocol.errors import DeadlineExceeded, FrameMalformed, ManyhandsError, ProtocolViolation, StepFailed
 from protocol.frames import Buffer
 from protocol.ids import WorkerId
 from protocol.messages import Activation, Partial, Sum
 from protocol.specs import ActivationFormat, Span
 from runtime.reduce import to_wire
-from worker.collector import Collector, Operation
-from worker.star import Star, StarFrame
-from worker.wire import pack_data, unpack_data
+from worker.due import Due
+from worker.star import Star
+from worker.wire import Arrival, open_data, pack_data, unpack_data
 
 A, B, C = (WorkerId(name) for name in "abc")
 FP32, BF16 = ActivationFormat.FLOAT32, ActivationFormat.BFLOAT16
@@ -28,39 +29,23 @@ PLAN = plan_of([(Span(0, SPEC.layers), MEMBERS, 0)], head="a")
 ATTENTION, FFN = 2, 3
 
 
-@given(st.permutations(range(5)), st.integers(0, 4))
-def test_parts_come_out_in_rank_order_whatever_order_they_came_in(order: list[int], own: int) -> None:
-    collector: Collector[int] = Collector(Operation(1, 2), set(order) - {own})
-    for rank in order:
-        if rank != own:
-            assert not collector.is_complete
-            assert rank in collector.missing
-            collector.add(Operation(1, 2), rank, rank)
-    assert collector.is_complete
-    assert collector.in_rank_order(own, own) == sorted(order)
-
-
-@given(st.integers(0, 9), st.integers(0, 9), st.integers(-1, 6))
-def test_what_does_not_fit_is_refused(step: int, op: int, rank: int) -> None:
-    collector: Collector[int] = Collector(Operation(1, 2), {1, 2})
-    collector.add(Operation(1, 2), 1, 0)
-    if (step, op) == (1, 2) and rank == 2:
-        collector.add(Operation(step, op), rank, 0)
-        return
-    with pytest.raises(ProtocolViolation):
-        collector.add(Operation(step, op), rank, 0)
-
-
 class FakePost:
-    def __init__(self, frames: list[StarFrame]) -> None:
+    """Hands in frames one by one, whether they are due or not; remembers what was sent."""
+
+    def __init__(self, frames: list[Arrival]) -> None:
         self.frames = frames
         self.sent: list[tuple[tuple[WorkerId, ...], Any, bytes]] = []
 
     def send(self, targets: Sequence[WorkerId], message: object, payload: Buffer) -> None:
-        self.sent.append((tuple(targets), message, bytes(payload)))
+        assert isinstance(message, bytes)
+        self.sent.append((tuple(targets), flat.unpack(message), bytes(payload)))
 
-    def next_star_frame(self, timeout_s: float) -> StarFrame | None:
-        return self.frames.pop(0) if self.frames else None
+    def collect(self, due: Due, timeout_s: float) -> Arrival | None:
+        while due.headers and self.frames:
+            arrival = self.frames.pop(0)
+            if not due.take(arrival):
+                return arrival
+        return None
 
 
 def tensor(value: float, rows: int = 2) -> torch.Tensor:
@@ -69,18 +54,28 @@ def tensor(value: float, rows: int = 2) -> torch.Tensor:
 
 def part(
     sender: WorkerId, rank: int, value: float, *, op: int = ATTENTION, step: int = 5, rows: int = 2, wire: Any = FP32
-) -> StarFrame:
+) -> Arrival:
     message = Partial(epoch=1, step=step, op=op, rank=rank, format=wire)
-    return StarFrame(sender, message, to_wire(tensor(value, rows), wire))
+    return Arrival(sender, flat.FORMS[Partial].pack(message), to_wire(tensor(value, rows), wire))
 
 
-def total(sender: WorkerId, value: float, *, op: int = ATTENTION, step: int = 5) -> StarFrame:
-    return StarFrame(sender, Sum(epoch=1, step=step, op=op, format=FP32), to_wire(tensor(value), FP32))
+def total(sender: WorkerId, value: float, *, op: int = ATTENTION, step: int = 5) -> Arrival:
+    message = Sum(epoch=1, step=step, op=op, format=FP32)
+    return Arrival(sender, flat.FORMS[Sum].pack(message), to_wire(tensor(value), FP32))
 
 
-def star(own: WorkerId, frames: list[StarFrame]) -> tuple[Star, FakePost]:
+def star(own: WorkerId, frames: list[Arrival]) -> tuple[Star, FakePost]:
     post = FakePost(frames)
     return Star(PLAN, own, post, torch.device("cpu"), timeout_s=1.0), post
+
+
+@given(st.permutations([0, 1, 2]), st.integers(0, 2))
+def test_parts_are_added_in_rank_order_whatever_order_they_come_in(order: list[int], hub: int) -> None:
+    plan = plan_of([(Span(0, SPEC.layers), MEMBERS, hub)], head="a")
+    values = [2.0**24, 1.0, -(2.0**24)]  # 0 in the order of ranks, 1 when the big ones meet first
+    frames = [part((A, B, C)[rank], rank, values[rank], op=FFN) for rank in order if rank != hub]
+    end = Star(plan, (A, B, C)[hub], FakePost(frames), torch.device("cpu"))
+    assert torch.equal(end.reduce(5, 2, FFN, tensor(values[hub])), tensor(0.0))
 
 
 def test_the_hub_adds_in_rank_order_and_sends_all_the_same_bytes() -> None:
@@ -113,9 +108,11 @@ def test_a_member_sends_its_part_to_the_hub() -> None:
 WRONG = {
     "another's rank": (A, part(C, 1, 1.0), C),
     "a rank beyond the members": (A, part(C, 7, 1.0), C),
-    "a rank without a part": (A, part(C, 2, 1.0), ""),
-    "another op": (A, part(B, 1, 1.0, op=6), ""),
-    "another step": (A, part(B, 1, 1.0, step=4), ""),
+    "a rank without a part": (A, part(C, 2, 1.0), C),
+    "another op": (A, part(B, 1, 1.0, op=6), B),
+    "another step": (A, part(B, 1, 1.0, step=4), B),
+    "a sender from elsewhere": (A, part(WorkerId("z"), 1, 1.0), "z"),
+    "a number out of bounds": (A, Arrival(B, flat.FORMS[Partial].header(1, 5, 2**40, 1, 0), memoryview(b"")), B),
     "too few rows": (A, part(B, 1, 1.0, rows=1), B),
     "another format": (A, part(B, 1, 1.0, wire=BF16), B),
     "a sum to the hub": (A, total(B, 1.0), B),
@@ -135,6 +132,20 @@ def test_a_frame_that_does_not_fit_names_its_sender(words: str) -> None:
     assert caught.value.node == blamed
 
 
+def test_a_part_that_comes_twice_is_refused() -> None:
+    hub, _ = star(A, [part(B, 1, 1.0, op=FFN), part(B, 1, 1.0, op=FFN)])
+    with pytest.raises(ProtocolViolation, match="b has no part in op 3, or sent it twice"):
+        hub.reduce(5, 2, FFN, tensor(1.0))
+
+
+def test_an_own_part_of_another_shape_is_refused() -> None:
+    for own in (A, B):
+        end, post = star(own, [part(B, 1, 1.0)])
+        with pytest.raises(StepFailed, match=r"has shape \[3, "):
+            end.reduce(5, 2, ATTENTION, tensor(1.0, rows=3))
+        assert post.sent == []
+
+
 @pytest.mark.parametrize(("own", "awaited"), [(A, B), (B, A)])
 def test_a_wait_in_vain_names_whom_it_waited_for(own: WorkerId, awaited: WorkerId) -> None:
     end, _ = star(own, [])
@@ -149,6 +160,14 @@ def test_a_data_message_survives_its_packing(num_bytes: int) -> None:
     frames = pack_data(message, payload)
     assert len(frames) == (1 if num_bytes <= 32 * 1024 else 2)
     assert unpack_data(frames) == (message, memoryview(payload))
+    assert pack_data(flat.FORMS[Partial].pack(message), payload) == frames
+
+
+def test_a_sum_in_more_frames_than_its_form_has_is_refused() -> None:
+    header = flat.FORMS[Sum].pack(Sum(epoch=1, step=2, op=3, format=FP32))
+    for frames in ([header, b"x", b"y"], [header + b"x", b"y"], [header[:20]], [header[:20], b"x"]):
+        with pytest.raises(FrameMalformed, match="Sum"):
+            open_data(frames)
 
 
 @given(st.binary(max_size=60), st.booleans())
