@@ -266,19 +266,21 @@ class FetchPlan:
         return None
 
     def _latest_piece(self, source: Source, now: float) -> tuple[Pieces, int] | None:
-        """Return the piece whose answer is furthest away, if this source would be much faster."""
+        """Return the piece whose answer is furthest away, if this source would be much faster, or has yet to show."""
         best, best_s = None, 0.0
         for digest, tile in self._active.items():
             if not source.can_give(digest) or not self._may_share(source, tile, now):
                 continue
             for offset, piece in tile.under_way.items():
                 key = PieceKey(digest, offset)
-                own_s = source.seconds_to(piece.length)
-                if len(piece.askers) > 1 or key in source.under_way or own_s is None:
+                if len(piece.askers) > 1 or key in source.under_way:
                     continue
-                (asker,) = piece.askers
-                late_s = self._sources[asker].lateness_s(key, now)
-                if late_s > max(best_s, 2 * own_s, LEAST_LATE_S):
+                asker = self._sources[next(iter(piece.askers))]
+                own_s = source.seconds_to(piece.length)
+                if own_s is None and asker.is_in_time(now):
+                    continue
+                late_s = asker.lateness_s(key, now)
+                if late_s > max(best_s, 2 * (own_s or 0.0), LEAST_LATE_S):
                     best, best_s = (tile, offset), late_s
         return best
 
@@ -298,7 +300,7 @@ class FetchPlan:
         if source.worker in workers or not (source.is_suspect or self._is_doubtful(tile)):
             return True
         others = [self._sources[one] for one in workers]
-        return not any(one.can_give(tile.entry.digest) and not one.is_resting(now) for one in others)
+        return not any(one.can_give(tile.entry.digest) and one.is_in_time(now) for one in others)
 
     def _is_doubtful(self, tile: Pieces) -> bool:
         """Whether this tile was altered before, or a suspect has to do with it."""

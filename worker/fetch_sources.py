@@ -139,10 +139,14 @@ class Source:
 
     def is_lively(self, now: float) -> bool:
         """Whether it has answered, and does not owe the next answer for much longer than that takes."""
-        if self.pace_s is None or self.is_dropped or self.is_resting(now):
+        return self.pace_s is not None and self.is_in_time(now)
+
+    def is_in_time(self, now: float) -> bool:
+        """Whether nothing speaks against it: its next answer is not late, and it may be asked."""
+        if self.is_dropped or self.is_resting(now):
             return False
-        due_s = max((asked.length for asked in self.under_way.values()), default=0) * self.pace_s
-        return not self.under_way or now - self._heard_at < LATE_S + 3 * due_s
+        due_s = max((asked.length for asked in self.under_way.values()), default=0) * (self.pace_s or 0.0)
+        return now - self._heard_at < LATE_S + 3 * due_s if self.under_way else self.pace_s is not None
 
     def fail(self, now: float) -> list[PieceKey]:
         """It is silent, unreachable or gone: let it rest, longer each time. Return what was asked of it."""

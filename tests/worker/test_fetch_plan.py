@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -65,6 +66,7 @@ class World:
         self.done: set[bytes] = set()
         self.events: list[tuple[float, int, Callable[[], list[Action]]]] = []
         self.hung_up: list[HangUp] = []
+        self.lost: Counter[tuple[WorkerId, bytes, int]] = Counter()
 
     def run(self) -> None:
         """Until all tiles are verified, or an error."""
@@ -117,6 +119,7 @@ class World:
                 self.later(0.001, lambda: self.plan.failed(name, "gone", self.now))
             return
         if self.happens(source.loses):
+            self.lost[name, request.digest, request.offset] += 1
             return
         source.free_at = max(self.now, source.free_at) + request.length / source.rate
         answer_s = source.free_at - self.now + source.delay_s * self.dice.uniform(0.5, 1.5)
@@ -166,9 +169,12 @@ def random_source(dice: random.Random) -> FakeSource:
     return source
 
 
-@pytest.mark.parametrize("first", range(0, 160, 40))
-def test_any_peers_and_a_coordinator_that_lives_give_every_byte(first: int) -> None:
-    for seed in range(first, first + 40):
+FOUND = [4038]  # two in turn silent, each of whom kept all others from a doubtful tile
+
+
+@pytest.mark.parametrize("seeds", [FOUND, *(range(first, first + 40) for first in range(0, 160, 40))])
+def test_any_peers_and_a_coordinator_that_lives_give_every_byte(seeds: Sequence[int]) -> None:
+    for seed in seeds:
         dice = random.Random(seed)
         tiles = entries_of([dice.randrange(1, 2000) for _ in range(dice.randrange(1, 25))])
         sources = {WorkerId(f"peer{number}"): random_source(dice) for number in range(dice.randrange(5))}
