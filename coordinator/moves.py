@@ -66,10 +66,12 @@ def find_copies(plan: Plan, successors: Iterable[Plan]) -> tuple[Copy, ...]:
     """
     copies: dict[Copy, None] = {}
     for successor in successors:
+        left = set(successor.workers)
+        lost = [(owner, cells) for owner, cells in holdings(plan) if owner not in left]
         for holder, wanted in holdings(successor):
-            for owner, cells in holdings(plan):
+            for owner, cells in lost:
                 part = intersection(wanted, cells)
-                if owner not in successor.workers and part is not None:
+                if part is not None:
                     copies[Copy(owner, holder, part)] = None
     return tuple(copies)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from coordinator.memory import (
     DEFAULT_KV_POSITIONS,
@@ -149,7 +150,8 @@ def _members(spec: ModelSpec, workers: Sequence[WorkerId], shares: StageShares) 
 def _automatic_stages(request: PlanRequest, candidates: Sequence[Candidate]) -> _Stages:
     """Hold all weights in memory if that is possible, else stream."""
     spec = request.spec
-    servants = [_Servant(request, one, is_head=one is candidates[0]) for one in candidates]
+    needs = _layer_needs(request)
+    servants = [_Servant(needs, one, is_head=one is candidates[0]) for one in candidates]
     layers = _deal_held(servants, spec.layers) or _deal_streamed(servants, spec.layers)
     if layers is None:
         raise _too_little_memory(servants, spec.layers)
@@ -176,33 +178,57 @@ def _too_little_memory(servants: Sequence[_Servant], num_layers: int) -> PlanImp
     )
 
 
+class _LayerNeeds:
+    """What whole layers of one model cost, kept for each number of them: a thousand devices ask for the same few."""
+
+    def __init__(self, request: PlanRequest) -> None:
+        self.request = request
+        self._needs: dict[tuple[int, bool, bool], Need] = {}
+
+    def of(self, candidate: Candidate, num_layers: int, *, is_head: bool) -> Need:
+        """Return what a worker must have to hold so many layers, but for the bytes that its bare process takes."""
+        key = num_layers, is_head, candidate.can_stream
+        found = self._needs.get(key)
+        return found if found is not None else self._needs.setdefault(key, self._count(*key))
+
+    def _count(self, num_layers: int, is_head: bool, can_stream: bool) -> Need:
+        spec = self.request.spec
+        whole = Span(0, spec.kv_heads), Span(0, spec.ffn_tiles)
+        groups, ffn = whole if num_layers else (Span(0, 0), Span(0, 0))
+        holding = Holding(spec=spec, groups=groups, ffn=ffn, num_layers=num_layers, is_head=is_head)
+        anybody = Candidate(worker=WorkerId(""), budget_bytes=0, can_stream=can_stream)
+        return need_of_holding(holding, anybody, self.request.step, self.request.kv_positions)
+
+
+@lru_cache(maxsize=8)
+def _layer_needs(request: PlanRequest) -> _LayerNeeds:
+    return _LayerNeeds(request)
+
+
 class _Servant:
     """A worker that may get whole layers, and how many of them its memory allows."""
 
-    def __init__(self, request: PlanRequest, candidate: Candidate, *, is_head: bool) -> None:
+    def __init__(self, needs: _LayerNeeds, candidate: Candidate, *, is_head: bool) -> None:
         self.candidate = candidate
-        self.takes_layers = not (is_head and request.head_only)
-        self._request = request
+        self.takes_layers = not (is_head and needs.request.head_only)
+        self._num_layers = needs.request.spec.layers
+        self._needs = needs
         self._is_head = is_head
 
     def need(self, num_layers: int) -> Need:
-        """What it must have to hold so many layers."""
-        spec = self._request.spec
-        whole = Span(0, spec.kv_heads), Span(0, spec.ffn_tiles)
-        groups, ffn = whole if num_layers else (Span(0, 0), Span(0, 0))
-        holding = Holding(spec=spec, groups=groups, ffn=ffn, num_layers=num_layers, is_head=self._is_head)
-        return need_of_holding(holding, self.candidate, self._request.step, self._request.kv_positions)
+        """What it must have to hold so many layers, beside what its process takes."""
+        return self._needs.of(self.candidate, num_layers, is_head=self._is_head)
 
     def bytes_for(self, num_layers: int, *, streams: bool) -> int:
         """Bytes it must have to hold so many layers, with all of their weights in memory or as few as it may."""
         need = self.need(num_layers)
-        return need.floor_bytes if streams else need.total_bytes
+        return self.candidate.base_bytes + (need.floor_bytes if streams else need.total_bytes)
 
     def room(self, *, streams: bool) -> int:
         """How many layers its budget allows."""
         if not self.takes_layers:
             return 0
-        sizes = range(1, self._request.spec.layers + 1)
+        sizes = range(1, self._num_layers + 1)
         budget = self.candidate.budget_bytes
         return bisect_right(sizes, budget, key=lambda count: self.bytes_for(count, streams=streams))
 
@@ -247,7 +273,10 @@ def _fair_weights(servants: Sequence[_Servant], num_layers: int) -> list[int]:
     """Return each one's claim to layers in bytes: its part, by memory, of all weights, less the vocabulary it holds."""
     own = [one.need(0).weight_bytes for one in servants]
     # What remains beside process, temporaries and one layer's keys and values.
-    free = [max(0, one.candidate.budget_bytes - one.need(1).total_bytes + one.need(1).weight_bytes) for one in servants]
+    free = [
+        max(0, one.candidate.budget_bytes - one.bytes_for(1, streams=False) + one.need(1).weight_bytes)
+        for one in servants
+    ]
     layer = servants[-1].need(1).weight_bytes - own[-1]
     everything = num_layers * layer + sum(own)
     return [

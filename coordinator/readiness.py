@@ -39,14 +39,13 @@ class Readiness:
 def make_ready(plan: Plan, successors: Iterable[Plan], *, spares: bool, copies: bool) -> Readiness:
     """Return what must be kept so that each of `successors` can take the place of `plan` quickly."""
     following = tuple(successors)
+    own = {worker: frozenset(plan.tiles_of(worker)) for worker in plan.workers} if spares else {}
     kept: dict[WorkerId, dict[TileId, None]] = {}
     if spares:
         for successor in following:
             for worker in successor.workers:
-                own = set(plan.tiles_of(worker)) if worker in plan.workers else set()
-                wanted = [
-                    tile for tile in successor.tiles_of(worker) if tile not in own and tile.kind not in HEAD_KINDS
-                ]
+                lacking = [tile for tile in successor.tiles_of(worker) if tile not in own.get(worker, ())]
+                wanted = (tile for tile in lacking if tile.kind not in HEAD_KINDS)
                 kept.setdefault(worker, {}).update(dict.fromkeys(wanted))
     tiles = {worker: tuple(wanted) for worker, wanted in kept.items() if wanted}
     return Readiness(spares=tiles, copies=find_copies(plan, following) if copies else ())
