@@ -32,6 +32,8 @@ class Crew:
         self._was_whole = bool(seats)
         self._awaits_return = bool(seats)
         self._return_until: float | None = None
+        self._is_first = True
+        registry.was_head(seats[0] if seats else None)
 
     @property
     def is_complete(self) -> bool:
@@ -41,7 +43,17 @@ class Crew:
     def seated(self, seats: Seats) -> None:
         """Remember the seats of a plan that is loaded; from then on a smaller crew will do."""
         self.seats = seats
-        self._was_whole = True
+        self._was_whole, self._is_first = True, False
+        self._registry.was_head(seats[0])
+
+    @property
+    def returned(self) -> frozenset[WorkerId] | None:
+        """The crew of the plan before the coordinator's restart when it is here again, until there is a plan.
+
+        The first plan is theirs alone, whoever else is here: so each finds the keys and values that it had.
+        """
+        names = frozenset(worker for worker in self.seats if worker is not None)
+        return names if self._is_first and names and names <= self._registry.names else None
 
     def missing(self, now: float) -> str:
         """Say which workers are still wanted; empty when there are enough.
@@ -116,10 +128,17 @@ class Crew:
         """Say goodbye to those who want to leave and are not needed any more; a head alone is let go as it is."""
         effects = []
         for member in self._registry.leaving:
-            alone = member is self._registry.head and member.is_own_wish
-            if member.worker not in needed or alone:
+            if member.worker not in needed or member is self._registry.head:
                 effects += self._dismiss(member, "handed over")
         return effects
+
+    def keep_head(self) -> WorkerId | None:
+        """Have the only head stay that others want to leave, and return its name; None when there is none such."""
+        head = self._registry.head
+        if head is None or not head.is_leaving or head.is_own_wish:
+            return None
+        self._registry.mark_staying(head)
+        return head.worker
 
     @staticmethod
     def _dismiss(member: Member, reason: str) -> list[SendControl]:

@@ -12,7 +12,7 @@ progress extends. A lost worker is answered by the next plan at once; after othe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from coordinator.change import Depot
 from coordinator.cluster_status import LoadingStatus
@@ -27,6 +27,7 @@ from coordinator.reach import ReachBook
 from coordinator.readiness import Readiness, make_ready
 from coordinator.registry import Registry
 from coordinator.renewal import Renewal
+from coordinator.retry import Retry
 from coordinator.seating import Seats
 from coordinator.service import Service
 from coordinator.story import Story
@@ -47,8 +48,6 @@ from protocol.plans import Plan
 
 EPOCHS_PER_TERM = 10**9
 MAX_REASON = 1000  # characters
-MAX_DOUBLINGS = 16
-PROOF_S = 0.3  # after a broken link: the time in which a neighbour that is dead shows it to the coordinator as well
 
 
 class Deployment:
@@ -80,9 +79,7 @@ class Deployment:
         self._serving: Serving | None = None
         self._refused_for = -1  # the revision of the registry for which there is no plan
         self._is_stopped = False
-        self._failures = 0
-        self._retry_at = 0.0
-        self._doubted = WorkerId("")
+        self._retry = Retry(policy.retry_first_s, policy.retry_most_s)
         self._watch = LoadWatch()
         self._renewal = Renewal(
             drafter=self._drafter, crew=self.crew, service=service, story=self.story, reach=self._reach,
@@ -130,14 +127,13 @@ class Deployment:
         self._reach.forget(worker)
         if not on_purpose:
             self.crew.probation.lost(worker, now)
-        if worker == self._doubted:
-            self._doubted, self._retry_at = WorkerId(""), now
+        self._retry.lost(worker, now)
         self._renewal.lost(worker)
         self._watch.lost(worker)
         plan = self.plan or (self._drafted.plan if self._drafted else None)
         if plan is None or worker not in plan.workers:
             return []
-        return self._fail(error, now, pause_s=0.0)
+        return self._fail(error, now, pause_s=self._retry.at_once(now))
 
     def reached(self, worker: WorkerId, reached: Reached) -> None:
         """A worker answered a probe."""
@@ -169,24 +165,20 @@ class Deployment:
         if not fault.lost:
             return self.failed(_named(fault.error, worker), now)
         lost = WorkerId(fault.lost)
-        self._doubted = lost
         self._reach.broke(worker, lost)
         text = f"{worker} lost its link to {lost}: {fault.error.text}"
-        pause_s = self._backoff_s() if self._failures else PROOF_S
-        self._failures += 1
-        return self._fail(PeerLost(text, node=lost, phase=self.phase.value), now, pause_s=pause_s)
+        error = PeerLost(text, node=lost, phase=self.phase.value)
+        return self._fail(error, now, pause_s=self._retry.after_broken_link(lost, now))
 
     def failed(self, error: ManyhandsError, now: float) -> list[Effect]:
         """The plan can't go on for a reason of its own; the next try pauses first."""
         if self.plan is None:
             return []
-        pause_s = self._backoff_s()
-        self._failures += 1
-        return self._fail(error, now, pause_s=pause_s)
+        return self._fail(error, now, pause_s=self._retry.after_error(now))
 
     def succeeded(self, now: float) -> None:
         """A step has passed all stages: the next failure pauses from the beginning."""
-        self._failures = 0
+        self._retry.succeeded()
         self.story.resumed(now)
 
     def stop(self) -> list[Effect]:
@@ -202,7 +194,9 @@ class Deployment:
         """Take the next step of forming or changing, if it is time."""
         if self._is_stopped:
             return []
-        effects: list[Effect] = list(self.crew.dismiss(self._loads.workers if self._loads is not None else ()))
+        if (head := self.crew.keep_head()) is not None:
+            self.story.tell(now, f"{head} can't be spared: no other trusted worker is here")
+        effects: list[Effect] = list(self.crew.dismiss(self._needed(now)))
         match self.phase:
             case Phase.WAITING:
                 return effects + self._form(now)
@@ -214,15 +208,24 @@ class Deployment:
                 return effects + self._renew(self._current, now)
         return effects
 
+    def _needed(self, now: float) -> Collection[WorkerId]:
+        """Return the workers that may not go yet: also between two plans, for what they have to give."""
+        if self._loads is not None:
+            return self._loads.workers
+        is_coming = not self.crew.missing(now) and self._refused_for != self._registry.revision
+        return self._serving.plan.workers if self._serving is not None and is_coming else ()
+
     def _form(self, now: float) -> list[Effect]:
         missing = self.crew.missing(now)
         if missing:
             self._enter(Phase.WAITING, missing)
             return []
-        if now < self._retry_at or self._refused_for == self._registry.revision:
+        if not self._retry.is_due(now) or self._refused_for == self._registry.revision:
             return []
         try:
-            draft = self._drafter.draft(self.crew.seats, now, epoch=self.epoch + 1, reach=self._reach.pairs)
+            draft = self._drafter.draft(
+                self.crew.seats, now, epoch=self.epoch + 1, reach=self._reach.pairs, among=self.crew.returned
+            )
         except (PlanImpossible, BudgetTooSmall) as error:
             self.error, self._refused_for = error, self._registry.revision
             self.story.tell(now, f"no plan: {error.message}")
@@ -296,7 +299,7 @@ class Deployment:
         outcome = self._renewal.advance(current, now, epoch=self.epoch + 1)
         self.detail = self._renewal.detail or self._shortage()
         if outcome.stop is not None:
-            return outcome.effects + self._fail(outcome.stop, now, pause_s=0.0)
+            return outcome.effects + self._fail(outcome.stop, now, pause_s=self._retry.at_once(now))
         if outcome.load is None:
             return outcome.effects
         cause = self._renewal.reason
@@ -309,10 +312,6 @@ class Deployment:
 
     # ------------------------------------------------------------ the end of a plan
 
-    def _backoff_s(self) -> float:
-        first_s, most_s = self._policy.retry_first_s, self._policy.retry_most_s
-        return min(most_s, first_s * 2.0 ** min(self._failures, MAX_DOUBLINGS))
-
     def _fail(self, error: ManyhandsError, now: float, *, pause_s: float) -> list[Effect]:
         served = self.phase is Phase.READY
         where = f" at token {self._service.num_tokens_shown}" if served else f" while {self.phase.value}"
@@ -321,7 +320,6 @@ class Deployment:
         effects = self._service.interrupt(error, now)
         effects += self._retire(str(error)[:MAX_REASON])
         self.error = error
-        self._retry_at = now + pause_s
         self._enter(Phase.WAITING, f"pausing {pause_s:g} s after: {error}" if pause_s else str(error))
         return effects
 

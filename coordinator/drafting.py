@@ -5,6 +5,7 @@ Knows nothing of time's passing, links or sessions.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Collection, Iterator, Mapping
@@ -86,16 +87,34 @@ class Drafter:
             self._usable = Usable(self._usable.number + 1, members, names)
         return self._usable
 
-    def draft(self, seats: Seats, now: float, *, epoch: int, reach: Reach = frozenset()) -> Draft:
+    def is_willing(self, worker: WorkerId) -> bool:
+        """Say whether a worker is here and may be planned with, on probation or not; the head in any case."""
+        member = self._registry.get(worker)
+        return member is not None and (member is self._registry.head or self._is_willing(member))
+
+    def draft(
+        self,
+        seats: Seats,
+        now: float,
+        *,
+        epoch: int,
+        reach: Reach = frozenset(),
+        among: frozenset[WorkerId] | None = None,
+    ) -> Draft:
         """Return a plan over the usable members, and over those on probation as well when it takes them.
 
-        An explicit plan that its workers' memory can't hold any more gives way to an automatic one. Raises
-        PlanImpossible, BudgetTooSmall.
+        `among`: over the usable ones of these, if that is possible. An explicit plan that its workers' memory can't hold
+        any more gives way to an automatic one. Raises PlanImpossible, BudgetTooSmall.
         """
         head = self._registry.head
         if head is None:
             raise InvariantBroken("a plan was begun without a head")
         usable = self.usable(now)
+        if among is not None:
+            ours = [member for member in usable.members if member.worker in among]
+            with contextlib.suppress(PlanImpossible, BudgetTooSmall):
+                draft = self._over(head, ours, seats, epoch, reach)
+                return replace(draft, usable=usable.number if len(ours) == len(usable.members) else -1)
         willing = [member for member in self._registry if member is head or self._is_willing(member)]
         try:
             draft = self._over(head, usable.members, seats, epoch, reach)

@@ -65,6 +65,7 @@ class Registry:
         self._tiles: dict[WorkerId, set[TileId]] = {}
         self._incarnations = 0
         self.revision = 0  # rises when somebody comes, goes, or can be used otherwise than before
+        self._last_head: WorkerId | None = None
         self._head: tuple[int, Member | None] = (-1, None)
         self._leaving: tuple[int, tuple[Member, ...]] = (-1, ())
 
@@ -166,12 +167,21 @@ class Registry:
 
     @property
     def head(self) -> Member | None:
-        """The trusted worker that came first, one that does not leave if there is one; or None."""
+        """The trusted worker that was head last, else the one that came first; one that leaves only for want of others.
+
+        None when no trusted worker is here.
+        """
         if self._head[0] != self.revision:
             trusted = [member for member in self if member.role is Role.HEAD]
-            found = next((member for member in trusted if not member.is_leaving), next(iter(trusted), None))
-            self._head = self.revision, found
+            best = min(trusted, key=lambda one: (one.is_leaving, one.worker != self._last_head), default=None)
+            self._head = self.revision, best
         return self._head[1]
+
+    def was_head(self, worker: WorkerId | None) -> None:
+        """Remember who is head, or was before the coordinator's restart: it has tiles, keys and values of its own."""
+        if worker != self._last_head:
+            self._last_head = worker
+            self.revision += 1
 
     @property
     def leaving(self) -> tuple[Member, ...]:

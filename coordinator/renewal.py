@@ -61,6 +61,8 @@ class Renewal:
 
     def advance(self, current: Draft, now: float, *, epoch: int) -> Outcome:
         """Take the next step. `current` is what serves, `epoch` the one that the next plan would have."""
+        if self._change is not None and not all(map(self._drafter.is_willing, self._change.draft.plan.workers)):
+            self.drop()  # somebody who was to take part does not want to any more
         if self._change is None:
             return self._seek(current, now, epoch)
         return self._go_on(self._change, current, now)

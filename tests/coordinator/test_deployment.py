@@ -510,3 +510,29 @@ def test_a_later_term_has_greater_epochs() -> None:
         early.advance(30.0)
         early.load_all()
     assert late.core.epoch > early.core.epoch
+
+
+def test_a_worker_that_wants_to_leave_is_not_let_go_between_two_plans() -> None:
+    stand = Stand(ClusterPolicy(plan_words="1/1/1")).make_ready("head", "b", "c")
+    stand.fault("head", lost="c")
+    assert stand.core.phase is Phase.WAITING
+    assert sent(Goodbye, leave(stand, "b")) == {}  # it has keys and values to give
+
+
+def test_the_only_head_is_kept_when_others_want_it_to_leave() -> None:
+    stand = Stand(PAIR).make_ready("head", "b")
+    assert sent(Goodbye, leave(stand, "head", own_wish=False)) == {}
+    assert "head can't be spared" in stand.core.story.happenings[-1].text
+    head = stand.registry.head
+    assert head is not None
+    assert not head.is_leaving
+
+
+def test_a_change_is_given_up_when_somebody_wants_to_leave_who_was_to_take_part() -> None:
+    stand = Stand(ClusterPolicy()).make_ready("head")
+    stand.service.is_between_steps = False
+    stand.join("b")
+    stand.answer_probe()
+    assert stand.core.detail.startswith("a worker joined")
+    leave(stand, "b")
+    assert not stand.core.detail.startswith("a worker joined")

@@ -87,3 +87,16 @@ def test_the_revision_rises_when_somebody_comes_goes_or_can_be_used_otherwise() 
     registry.leave(WorkerId("x"))
     assert registry.mark_leaving(WorkerId("x"), own_wish=True) is None
     assert registry.revision == before
+
+
+def test_who_was_head_last_stays_head_as_long_as_it_does_not_leave() -> None:
+    registry = Registry(3.0)
+    for name in ("head-1", "head-2"):
+        registry.join(joined(name), 0.0)
+    registry.was_head(WorkerId("head-2"))
+    assert registry.head is registry.get(WorkerId("head-2"))
+    registry.mark_leaving(WorkerId("head-2"), own_wish=True)
+    assert registry.head is registry.get(WorkerId("head-1"))
+    registry.leave(WorkerId("head-1"))
+    assert registry.head is registry.get(WorkerId("head-2"))
+    assert [member.worker for member in registry.leaving] == ["head-2"]

@@ -97,7 +97,11 @@ class Compute:
         self.epoch = self.newest = self.held_epoch = epoch
         self.plan, self._load = load.plan, load
         self._awaited = {take.peer for take in load.takes}
-        self.shelf.turn_to(load.plan, self.name, load.carries)
+        kept = tuple(carry for carry in load.carries if not self.world.chance(self.world.scenario.spool_loss))
+        self.shelf.turn_to(load.plan, self.name, kept)
+        for carry in kept:
+            if self.world.chance(self.world.scenario.spool_loss):
+                self.shelf.truncate(carry.session, self.world.dice.randint(0, carry.computed))
         self._fetch(self.world.dice.randint(0, 4))
         self._link()
 
@@ -295,7 +299,8 @@ class Compute:
             world = self.world
             if world.chance(world.scenario.step_hang):
                 return
-            if world.chance(world.scenario.step_failure):
+            poison = any(part.session == world.scenario.poison for part in step.rows)
+            if poison or world.chance(world.scenario.step_failure):
                 self._fail()
                 return
             self.progress += 1

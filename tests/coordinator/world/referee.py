@@ -20,6 +20,9 @@ from coordinator.events import (
     StepFinished,
     Tick,
     TokensCommitted,
+    WorkerFaulted,
+    WorkerGone,
+    WorkerJoined,
     WorkerLoaded,
     token_ids,
 )
@@ -28,7 +31,7 @@ from coordinator.session import ERROR_WEIGHT, MAX_SETBACKS
 from coordinator.state import ClusterState
 from protocol.errors import ManyhandsError, Overloaded, PromptTooLong
 from protocol.ids import SessionId, WorkerId
-from protocol.messages import Carry, FinishReason, Goodbye, Load, Release, Step
+from protocol.messages import Carry, FinishReason, Goodbye, Load, Release, Step, Unload
 from world.books import Journal
 from world.model import expected_answer
 
@@ -77,7 +80,12 @@ class Referee:
         ends_plan = self._phase is Phase.READY and any(
             isinstance(effect, PhaseChanged) and effect.phase is not Phase.READY for effect in effects
         )
+        is_over = any(isinstance(one, SendControl) and isinstance(one.message, Unload) for one in effects)
+        if isinstance(event, WorkerFaulted) and event.fault.epoch != self.epoch:
+            assert not is_over, "a fault of another epoch ended a plan"
         if ends_plan:
+            is_forced = is_over or isinstance(event, WorkerGone | WorkerJoined | Tick)
+            assert is_forced or not was_flying, "a change that nobody forced broke a step"
             self._waits_since = awake_s
             for session in was_flying:
                 self.requests[session].setbacks += 1

@@ -6,7 +6,7 @@ Knows nothing of how faults are done.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from typing import Final
 
@@ -72,15 +72,24 @@ class Scenario:
     stock_silence: float
     stock_failure: float
     cancels: float
+    spool_loss: float = 0.0  # of a session, when a plan ends: the disk is full
+    poison: int | None = None  # the session that no worker can compute
+
+    @property
+    def is_calm(self) -> bool:
+        """Whether nothing goes wrong by itself."""
+        rates = (self.loss, self.crash_between, self.load_hang, self.load_failure, self.step_hang, self.step_failure)
+        return not self.troubles and not any(rates)
 
 
 def scenario_of(dice: random.Random) -> Scenario:
     """One of the ways to run a cluster, with short deadlines, and some kinds of trouble."""
     names = ("head", *NAMES[: dice.choice([1, 2, 3, 3, 4])], *(["head2"] if dice.random() < 0.2 else []))
     troubles = tuple(dice.sample(list(Trouble), dice.choice([0, 1, 2, 4, 8, len(Trouble)])))
+    lucky = dice.random() < 0.2
 
     def rate(most: float) -> float:
-        return dice.choice([0.0, most * dice.random()])
+        return 0.0 if lucky else dice.choice([0.0, most * dice.random()])
 
     return Scenario(
         policy=_policy_of(dice, len(names)),
@@ -100,6 +109,8 @@ def scenario_of(dice: random.Random) -> Scenario:
         stock_silence=rate(0.3),
         stock_failure=rate(0.4),
         cancels=rate(0.4),
+        spool_loss=rate(0.3),
+        poison=0 if dice.random() < 0.05 else None,
     )
 
 
@@ -123,4 +134,15 @@ def _policy_of(dice: random.Random, num_workers: int) -> ClusterPolicy:
         replicate_kv=dice.random() < 0.4,
         probation_s=dice.choice([0.0, 1.0, 5.0]),
         return_s=dice.choice([0.0, 2.0, 5.0]),
+    )
+
+
+def calm_scenario(seed: int, *troubles: Trouble, **changes: object) -> Scenario:
+    """A world of this seed in which only these troubles come, and nothing goes wrong by itself."""
+    rates = {one.name: 0.0 for one in fields(Scenario) if one.type == "float" and one.name != "pause_s"}
+    return replace(
+        scenario_of(random.Random(seed)),
+        **{**rates, "poison": None, "pause_s": 3.0, **changes},  # type: ignore[arg-type]
+        troubles=troubles,
+        weights=tuple(1.0 for _ in troubles),
     )

@@ -57,6 +57,11 @@ class Shelf:
         self.cells, self.positions = cells_of(plan, worker), plan.kv_positions
         self.arena, self.places, self._released = {}, {}, set()
 
+    def truncate(self, session: SessionId, length: int) -> None:
+        """Lose the rows behind some position."""
+        rows = self._spool.get(session, {})
+        self._spool[session] = {cell: min(had, length) for cell, had in rows.items()}
+
     def restore(self, carries: tuple[Carry, ...]) -> dict[SessionId, int]:
         """Bring carried sessions back into the arena; return the positions that each has there."""
         held = {}

@@ -13,8 +13,9 @@ import random
 
 from core_cases import arrived
 
-from coordinator.events import Effect, Event, RequestCancelled, SessionEnded
+from coordinator.events import Effect, Event, RequestCancelled, SessionEnded, SessionFailed
 from coordinator.policy import ClusterPolicy
+from protocol.errors import Overloaded
 from protocol.ids import SessionId, WorkerId
 from world.books import Journal, Request
 from world.chaos import Chaos
@@ -22,7 +23,7 @@ from world.coordinator import SimCoordinator
 from world.model import VOCAB, expected_answer
 from world.network import Network
 from world.node import Action
-from world.scenario import scenario_of
+from world.scenario import Scenario, scenario_of
 from world.worker import SimWorker
 
 CHAOS_S, SETTLE_S = 20.0, 5.0
@@ -33,18 +34,17 @@ LATE_QUESTIONS = (1001, 1002)
 class World:
     """Virtual time, the network, the coordinators, the workers and the clients."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, scenario: Scenario | None = None) -> None:
         self.dice = random.Random(seed)
         self.now = 0.0
-        self.scenario = scenario_of(self.dice)
+        self.scenario = scenario or scenario_of(self.dice)
         self.is_chaos = True
         self.trace: list[tuple[float, str, object]] = []
         self.network = Network(self, self.dice, loss=self.scenario.loss, doubling=self.scenario.doubling)
         self.coordinators = [SimCoordinator(self, "coordinator1", Journal())]
-        scenario = self.scenario
+        names, budgets = self.scenario.workers, self.scenario.budgets
         self.workers = {
-            WorkerId(name): SimWorker(self, name, budget)
-            for name, budget in zip(scenario.workers, scenario.budgets, strict=True)
+            WorkerId(name): SimWorker(self, name, budget) for name, budget in zip(names, budgets, strict=True)
         }
         self.never_released: set[tuple[WorkerId, SessionId]] = set()  # a Release was lost on its way
         self.seen: dict[SessionId, list[int]] = {}  # by clients, whoever told them
@@ -202,7 +202,15 @@ class World:
             request = requests[SessionId(number)]
             assert isinstance(request.end, SessionEnded), request.end
             assert request.answer == expected_answer(request.prompt, request.max_tokens, request.stop_tokens)
+        if self.scenario.is_calm:
+            self._check_that_all_went_well()
         self._check_leaks()
+
+    def _check_that_all_went_well(self) -> None:
+        """Where nothing went wrong, only what was refused fails, and what can't be computed."""
+        for number, request in self.primary.journal.requests.items():
+            if isinstance(request.end, SessionFailed) and number != self.scenario.poison:
+                assert isinstance(request.end.error, Overloaded), f"{number}: {request.end.error}"
 
     def _check_leaks(self) -> None:
         """No worker of the plan holds anything of a session that is over, but what the last Releases are about."""
