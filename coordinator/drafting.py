@@ -103,8 +103,8 @@ class Drafter:
     ) -> Draft:
         """Return a plan over the usable members, and over those on probation as well when it takes them.
 
-        `among`: over the usable ones of these, if that is possible. An explicit plan that its workers' memory can't hold
-        any more gives way to an automatic one. Raises PlanImpossible, BudgetTooSmall.
+        `among`: over the usable ones of these, if that is possible. An explicit plan that its workers' memory can not
+        hold any more gives way to an automatic one. Raises PlanImpossible, BudgetTooSmall.
         """
         head = self._registry.head
         if head is None:
