@@ -71,6 +71,7 @@ class Post:
         return None
 
 
+@torch.inference_mode()
 def member(rank: int, members: int, values: int, pipe: Connection) -> None:
     """One process of our star; the hub (rank 0) sends its times back."""
     torch.set_num_threads(1)

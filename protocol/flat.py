@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import operator
 import struct
 import typing
@@ -49,6 +50,8 @@ class FlatForm:
         self._read = operator.attrgetter(*(place.name for place in self._places))
         self._layout = struct.Struct(f"<BB6x{len(self._places)}Q")
         self.row = ROW_OF[kind]
+        self.header: Callable[..., bytes] = functools.partial(self._layout.pack, MARK, self.row.code)
+        """Pack the fields, given as numbers in their order, a choice as its place (`place_of`); raises struct.error."""
         self.num_bytes = self._layout.size
 
     def pack(self, message: object) -> bytes:
@@ -56,12 +59,8 @@ class FlatForm:
         values = list(self._read(message))
         for at, choices in self._choices:
             values[at] = choices.index(values[at])
-        return self.header(*values)
-
-    def header(self, *values: int) -> bytes:
-        """Return what `pack` does, given the fields in their order, a choice as its place (`place_of`)."""
         try:
-            return self._layout.pack(MARK, self.row.code, *values)
+            return self.header(*values)
         except struct.error as error:
             raise InvariantBroken(f"{self._kind.__name__} can't be packed: {error}") from error
 

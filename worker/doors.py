@@ -1,5 +1,6 @@
-"""The short way to the parts of a sum: wait at the one socket by which all who owe one come in, and take what is due.
+"""Ways to neighbours while their links stay as they are, and the short way to the parts of a sum.
 
+That is: wait at the one socket by which all who owe a part come in, and take what is due.
 Knows nothing of other messages: what is not due byte by byte, from a neighbour and by its own way, it hands back
 unread. A look at all sockets costs as much as a small sum itself, and between two sums of a step nothing else is due;
 so what else happens is heard of when this wait ends, within 10 ms. It is all in one loop, because it runs in processor
@@ -9,12 +10,13 @@ caches that other processes have just filled, where every further function costs
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import zmq
 
 from protocol.ids import WorkerId
 from protocol.transport import proven_key
+from worker.coordinator_line import CoordinatorLine
 from worker.due import Due
 from worker.peer import Peer
 from worker.sending import BLOCK, receive_rest
@@ -22,32 +24,49 @@ from worker.sending import BLOCK, receive_rest
 Socket = zmq.Socket[Any]
 
 
-class Doors:
-    """Which socket leads to which neighbours, for as long as their links stay as they are."""
+class Unread(NamedTuple):
+    """A message for somebody else to read, and the socket it came in by."""
 
-    def __init__(self, listener: Socket, peers: Mapping[WorkerId, Peer]) -> None:
-        """Sockets of `peers` and the listener were made with an RCVTIMEO of `DEAF_MOST_MS`."""
+    door: Socket
+    frames: list[zmq.Frame]
+
+
+class Doors:
+    """Which socket leads to which neighbours, as it is now: made anew when a link or a socket changes."""
+
+    def __init__(
+        self, listener: Socket, line: CoordinatorLine, peers: Mapping[WorkerId, Peer], touched: set[Socket]
+    ) -> None:
+        """Sockets of `peers` and the listener have an RCVTIMEO of `DEAF_MOST_MS`; `touched` is told which was used."""
         linked = [peer for peer in peers.values() if peer.is_linked]
-        self._ways = {peer.worker: listener if peer.route else peer.dealer for peer in linked}
+        ways = {peer.worker: peer.way(listener, line) for peer in linked}
+        self.ways = {worker: (socket, before) for worker, (socket, before) in ways.items() if socket is not None}
+        self._doors = {peer.worker: listener if peer.route else peer.dealer for peer in linked}
         self._callers = {peer.key: peer for peer in linked if peer.route}
         self._known: dict[tuple[WorkerId, ...], Socket | None] = {}
         self._listener = listener
+        self._touched = touched
 
     def door(self, sources: tuple[WorkerId, ...]) -> Socket | None:
         """Return the one socket by which all of these come in, None when there is none."""
         if sources not in self._known:
-            ways = {self._ways.get(source) for source in sources}
-            self._known[sources] = ways.pop() if len(ways) == 1 else None
+            doors = {self._doors.get(source) for source in sources}
+            self._known[sources] = doors.pop() if len(doors) == 1 else None
         return self._known[sources]
 
-    def take(self, door: Socket, due: Due) -> list[zmq.Frame] | None:
-        """Take what is due as it comes in by the `door` of its sources.
+    def take(self, due: Due) -> Unread | None:
+        """Take what is due as it comes in by the door of its sources, if they have one.
 
-        Returns the frames of a message that is not due; None when all is there, or nothing came for 10 ms.
+        Returns a message that is not due; None when all is there, or nothing came for 10 ms.
         """
+        sources = due.sources
+        door = self._known[sources] if sources in self._known else self.door(sources)
+        if door is None:
+            return None
+        self._touched.add(door)
         headers, parts, num_bytes = due.headers, due.parts, due.num_bytes
         is_listener = door is self._listener
-        sender = due.sources[0]  # a dealer leads to one only
+        sender = sources[0]  # a dealer leads to one only
         while headers:
             try:
                 frames = [frame := door.recv(BLOCK, copy=False)]
@@ -58,12 +77,12 @@ class Doors:
                 frames.append(frame := door.recv(BLOCK, copy=False))
                 peer = self._callers.get(proven_key(frame))
                 if peer is None or peer.route != route:
-                    return receive_rest(door, frames)
+                    return Unread(door, receive_rest(door, frames))
                 sender = peer.worker
             header = headers.get(sender, b"")
             start, view = len(header), frame.buffer
             if not header or frame.more or len(view) != start + num_bytes or view[:start] != header:
-                return receive_rest(door, frames)
+                return Unread(door, receive_rest(door, frames))
             del headers[sender]
             parts[sender] = view[start:]
         return None

@@ -19,13 +19,13 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from protocol import flat
-from protocol.errors import PeerLost, ProtocolViolation
+from protocol.errors import CoordinatorLost, ManyhandsError, PeerLost, ProtocolViolation
 from protocol.frames import Buffer, encode
 from protocol.ids import WorkerId
 from protocol.messages import Activation, KvRows, LinkHello, LinkMode, LinkOrder, LinkWelcome
 from protocol.security import KeyPair
 from worker.coordinator_line import CoordinatorLine, StepFrames, read_line
-from worker.doors import Doors
+from worker.doors import Doors, Unread
 from worker.due import Due
 from worker.listener import Heard, Listener, heard
 from worker.peer import Peer
@@ -37,7 +37,6 @@ from worker.wire import Arrival, open_from, pack_data
 MAX_STASHED: Final = 1024
 TICK_S: Final = 0.02  # while links are being made
 COORDINATOR: Final = WorkerId("")
-RELAY: Final = LinkMode.RELAY
 _log = logging.getLogger(__name__)
 
 
@@ -58,7 +57,7 @@ class Links:
         self._arrivals: deque[Arrival] = deque()
         self._watch = Watch(self._waker)
         self._takers: dict[object, Callable[[], None]] = {}
-        self._doors = Doors(self._listener.socket, {})
+        self._doors = Doors(self._listener.socket, self._line, {}, self._watch.touched)
         self._is_linking = self._is_woken = False
         self.epoch = 0
         self.num_dropped = 0
@@ -109,7 +108,7 @@ class Links:
         missing = [peer.worker for peer in self._peers.values() if not peer.is_linked]
         if not self._line.is_up:
             missing.append(COORDINATOR)
-        self._watch.touch(self._line.socket)
+        self._touch_line()
         return tuple(missing)
 
     # ------------------------------------------------------------ frames
@@ -119,26 +118,30 @@ class Links:
 
         Raises PeerLost or CoordinatorLost when a connection is gone or does not take it within 5 s.
         """
-        frames = pack_data(message, payload)
+        frames, ways = pack_data(message, payload), self._doors.ways
         for target in targets:
+            if target not in ways:
+                raise PeerLost(f"{target} is not linked", node=target, phase="send")
+            socket, before = ways[target]
             try:
-                self._send_to_peer(self._peers[target], frames)
+                send_within(socket, [*before, *frames])
             except zmq.ZMQError as error:
-                raise PeerLost(f"{target} can't be sent to: {error.strerror}", node=target, phase="send") from error
+                raise self._unsent(target, error) from error
+            self._watch.touched.add(socket)
 
     def offer(self, target: WorkerId, message: object, payload: Buffer) -> Lent | None:
         """Lend a message to a neighbour's link if that takes it at once; None when not now, or not any more."""
-        peer = self._peers.get(target)
-        socket, before = peer.way(self._listener.socket, self._line) if peer is not None else (None, [])
-        if socket is None:
+        way = self._doors.ways.get(target)
+        if way is None:
             return None
-        self._watch.touch(socket)
+        socket, before = way
+        self._watch.touched.add(socket)
         return lend(socket, [*before, *pack_data(message, payload)])
 
     def send_up(self, message: object, payload: Buffer | None = None) -> None:
         """Send to the coordinator; raises CoordinatorLost."""
         self._line.send(encode(message, payload))
-        self._watch.touch(self._line.socket)
+        self._touch_line()
 
     def receive(self, timeout_s: float, due: Due | None = None) -> Arrival | None:
         """Return the next message of this epoch; None after `timeout_s` or when woken.
@@ -150,7 +153,9 @@ class Links:
         be sent.
         """
         if due is not None and timeout_s > 0 and not self._arrivals and not self._is_linking:
-            self._take_due(due)
+            unread = self._doors.take(due)
+            if unread is not None:
+                self._read(unread, due)
             if not due.headers:
                 return None
         if self._arrivals:
@@ -181,26 +186,16 @@ class Links:
 
     # ------------------------------------------------------------ inside
 
-    def _send_to_peer(self, peer: Peer, frames: list[Buffer]) -> None:
-        if peer.mode is RELAY:
-            self._relay(peer.worker, frames)
-        elif peer.dealer is not None:
-            send_within(peer.dealer, frames)
-            self._watch.touch(peer.dealer)
-        elif peer.route:
-            send_within(self._listener.socket, [peer.route, *frames])
-            self._watch.touch(self._listener.socket)
-        else:
-            raise PeerLost(f"{peer.worker} is not linked", node=peer.worker, phase="send")
+    def _unsent(self, target: WorkerId, error: zmq.ZMQError) -> ManyhandsError:
+        if self._peers[target].mode is LinkMode.RELAY:
+            return CoordinatorLost(f"the data connection is gone: {error.strerror}", phase="send")
+        return PeerLost(f"{target} can't be sent to: {error.strerror}", node=target, phase="send")
 
-    def _take_due(self, due: Due) -> None:
-        door = self._doors.door(due.sources)
-        unread = self._doors.take(door, due) if door is not None else None
-        self._watch.touch(door)
-        if unread is not None and door is self._listener.socket:
-            self._hear(heard(unread))
-        elif unread is not None:
-            self._take_frames(self._peers[due.sources[0]], [frame.buffer for frame in unread])
+    def _read(self, unread: Unread, due: Due) -> None:
+        if unread.door is self._listener.socket:
+            self._hear(heard(unread.frames))
+        else:
+            self._take_frames(self._peers[due.sources[0]], [frame.buffer for frame in unread.frames])
 
     def _hear(self, one: Heard) -> None:
         peer = self._by_key.get(one.key)
@@ -267,7 +262,7 @@ class Links:
                 self._mark(peer, is_linked=True)
         elif isinstance(message, LinkHello):  # relayed; a direct one goes to the listener
             if message.epoch == self.epoch and peer.mode is LinkMode.RELAY:
-                self._send_to_peer(peer, encode(LinkWelcome(worker=self._line.own, epoch=self.epoch)))
+                self._relay(peer.worker, encode(LinkWelcome(worker=self._line.own, epoch=self.epoch)))
         else:
             name = type(message).__name__
             raise ProtocolViolation(f"{peer.worker} may not send {name}", node=peer.worker, phase="receive")
@@ -281,7 +276,7 @@ class Links:
             self._arrivals.append(arrival)
 
     def _take_listener_events(self) -> None:
-        self._watch.touch(self._listener.monitor)
+        self._watch.touched.add(self._listener.monitor)
         for descriptor in self._listener.ended():
             for peer in self._peers.values():
                 if peer.mode is LinkMode.LISTEN and peer.is_linked and peer.descriptor == descriptor:
@@ -294,12 +289,16 @@ class Links:
 
     def _relay(self, target: WorkerId, frames: Sequence[Buffer]) -> None:
         self._line.relay(target, frames)
-        self._watch.touch(self._line.socket)
+        self._touch_line()
+
+    def _touch_line(self) -> None:
+        if self._line.socket is not None:
+            self._watch.touched.add(self._line.socket)
 
     def _mark(self, peer: Peer, *, is_linked: bool) -> None:
         peer.is_linked = is_linked
         self._is_linking = any(not other.is_linked for other in self._peers.values())
-        self._doors = Doors(self._listener.socket, self._peers)
+        self._doors = Doors(self._listener.socket, self._line, self._peers, self._watch.touched)
 
     def _tend(self) -> None:
         """Dial and greet neighbours that have not answered yet."""
@@ -315,7 +314,7 @@ class Links:
         frames: list[Buffer] = encode(LinkHello(worker=self._line.own, epoch=self.epoch))
         try:
             if peer.dealer is not None:
-                self._watch.touch(peer.dealer)
+                self._watch.touched.add(peer.dealer)
                 send_now(peer.dealer, frames)
             elif self._line.is_up:
                 self._relay(peer.worker, frames)
@@ -346,4 +345,4 @@ class Links:
                 takers[peer.monitor] = partial(self._take_dealer_event, peer, peer.monitor)
         self._watch.watch(takers)
         self._takers = {**takers, self._waker: self._take_wake}
-        self._doors = Doors(self._listener.socket, self._peers)
+        self._doors = Doors(self._listener.socket, self._line, self._peers, self._watch.touched)

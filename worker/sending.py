@@ -35,8 +35,7 @@ def send_within(socket: zmq.Socket[Any], frames: Sequence[Buffer], deadline_s: f
     deadline = 0.0
     while True:
         try:
-            send_now(socket, frames)
-            return
+            return send_now(socket, frames)
         except zmq.Again:
             deadline = deadline or time.monotonic() + deadline_s
             if time.monotonic() >= deadline:
@@ -46,9 +45,9 @@ def send_within(socket: zmq.Socket[Any], frames: Sequence[Buffer], deadline_s: f
 
 def send_now(socket: zmq.Socket[Any], frames: Sequence[Buffer]) -> None:
     """Send or raise zmq.Again; either all frames are taken or none."""
-    for frame in frames[:-1]:
+    *before, last = frames
+    for frame in before:
         _send(socket, frame, NOBLOCK_MORE)
-    last = frames[-1]
     if len(last) <= COPY_MOST_BYTES:
         _send(socket, last, NOBLOCK)
     else:

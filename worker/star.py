@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from protocol import flat
-from protocol.errors import DeadlineExceeded, ProtocolViolation, StepFailed
+from protocol.errors import DeadlineExceeded, ManyhandsError, ProtocolViolation, StepFailed
 from protocol.frames import Buffer
 from protocol.ids import WorkerId
 from protocol.messages import Partial, Sum
@@ -90,57 +90,54 @@ class Star:
             total_TD = sum_partials([own_TD], self._plan.wire)
             self.num_ops += 1
             return total_TD.to(self._activations)
-        num_bytes = num_rows * self._row_bytes
-        own = None if own_TD is None else self._own_bytes(own_TD, num_bytes)
-        payload = (self._gather if self._is_hub else self._ask_hub)(step, op, num_rows, own)
-        total_TD = as_tensor(payload, self._wire, (num_rows, self._hidden))
+        shape, num_bytes = (num_rows, self._hidden), num_rows * self._row_bytes
+        own = None
+        if own_TD is not None:
+            own = as_bytes(own_TD if own_TD.dtype is self._wire else own_TD.to(self._wire))
+            if len(own) != num_bytes:
+                raise StepFailed(f"the own part of a sum of {num_bytes} bytes has shape {list(own_TD.shape)}")
+        payload = self._gather(step, op, shape, own) if self._is_hub else self._ask_hub(step, op, num_bytes, own)
+        total_TD = as_tensor(payload, self._wire, shape)
         self.num_ops += 1
         return total_TD if self._is_plain else total_TD.to(self._device, self._activations)
 
-    def _own_bytes(self, own_TD: Tensor, num_bytes: int) -> memoryview:
-        if own_TD.dtype is not self._wire:
-            own_TD = own_TD.to(self._wire)
-        own = as_bytes(own_TD)
-        if len(own) != num_bytes:
-            raise StepFailed(f"the own part of a sum of {num_bytes} bytes has shape {list(own_TD.shape)}")
-        return own
-
-    def _gather(self, step: int, op: int, num_rows: int, own: memoryview | None) -> memoryview:
+    def _gather(self, step: int, op: int, shape: tuple[int, int], own: memoryview | None) -> memoryview:
         """Hub: wait for every part, add them in rank order, hand out the sum."""
         epoch, form = self._plan.epoch, self._format
         headers = {worker: PARTIAL.header(epoch, step, op, rank, form) for worker, rank in self._owing[op % 2]}
-        num_bytes = num_rows * self._row_bytes
-        due = Due(step, op, headers, num_bytes)
-        self._collect(due)
+        due = Due(step, op, headers, shape[0] * self._row_bytes)
+        arrival = self._post.collect(due, self._timeout_s)
+        if due.headers:
+            raise self._failure(arrival, due)
+        parts = due.parts
         if own is not None:
-            due.parts[self._own] = own
-        parts = [due.parts[worker] for worker in self._members if worker in due.parts]
-        payload = add_parts(parts, self._plan.wire, (num_rows, self._hidden))
+            parts[self._own] = own
+        payload = add_parts([parts[worker] for worker in self._members if worker in parts], self._plan.wire, shape)
         self._post.send(self._targets, SUM.header(epoch, step, op, form), payload)
-        self.num_bytes += num_bytes * (len(parts) + len(self._targets))
+        self.num_bytes += due.num_bytes * (len(parts) + len(self._targets))
         return payload
 
-    def _ask_hub(self, step: int, op: int, num_rows: int, own: memoryview | None) -> memoryview:
+    def _ask_hub(self, step: int, op: int, num_bytes: int, own: memoryview | None) -> memoryview:
         """Another member: send the own part, wait for the sum."""
         epoch, form = self._plan.epoch, self._format
         if own is not None:
             self._post.send(self._targets, PARTIAL.header(epoch, step, op, self._rank, form), own)
-        due = Due(step, op, {self._hub: SUM.header(epoch, step, op, form)}, num_rows * self._row_bytes)
-        self._collect(due)
-        self.num_bytes += due.num_bytes * (1 if own is None else 2)
+        due = Due(step, op, {self._hub: SUM.header(epoch, step, op, form)}, num_bytes)
+        arrival = self._post.collect(due, self._timeout_s)
+        if due.headers:
+            raise self._failure(arrival, due)
+        self.num_bytes += num_bytes * (1 if own is None else 2)
         return due.parts[self._hub]
 
-    def _collect(self, due: Due) -> None:
-        arrival = self._post.collect(due, self._timeout_s)
+    def _failure(self, arrival: Arrival | None, due: Due) -> ManyhandsError:
+        """Say why not all came that is due: something else came instead, or nothing for too long."""
         if arrival is not None:
-            raise self._difference(arrival, due)
-        if due.headers:
-            raise DeadlineExceeded(
-                f"{', '.join(due.headers)} sent nothing for op {due.op} of step {due.step} within "
-                f"{self._timeout_s:g} s",
-                node=next(iter(due.headers)),
-                phase="reduce",
-            )
+            return self._difference(arrival, due)
+        return DeadlineExceeded(
+            f"{', '.join(due.headers)} sent nothing for op {due.op} of step {due.step} within {self._timeout_s:g} s",
+            node=next(iter(due.headers)),
+            phase="reduce",
+        )
 
     def _difference(self, arrival: Arrival, due: Due) -> ProtocolViolation:
         """Say in what a frame differs from the one that was due from its sender."""

@@ -4,7 +4,7 @@ Knows nothing of what arrives. `zmq_poll` asks every socket twice and makes two 
 the time of a small sum, so this sleeps on the sockets' descriptors and asks only those that may have something.
 
 A ZeroMQ descriptor tells of a change once, and any call on its socket may take the news (zmq_getsockopt(3), ZMQ_FD).
-Hence the rule: a socket is asked from the moment its descriptor spoke, or `touch` said that it was used, until it has
+Hence the rule: a socket is asked from the moment its descriptor spoke, or it was `touched`, that is used, until it has
 nothing to tell. Nobody sleeps long without asking all, so a touch forgotten costs time, never a message.
 """
 
@@ -32,7 +32,8 @@ class Watch:
         self._waker = waker
         self._selector = selectors.DefaultSelector()
         self._sockets: list[zmq.Socket[Any]] = []
-        self._asked: list[zmq.Socket[Any]] = []
+        self.touched: set[zmq.Socket[Any]] = set()
+        """Sockets to ask at the next look: add one that was sent on, or asked for anything."""
         self._awake = 0
 
     def watch(self, sockets: Iterable[zmq.Socket[Any]]) -> None:
@@ -41,36 +42,33 @@ class Watch:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._waker.fileno(), selectors.EVENT_READ, self._waker)
         self._sockets = list(sockets)
-        self._asked = list(self._sockets)
+        self.touched.clear()
+        self.touched.update(self._sockets)
         for socket in self._sockets:
             self._selector.register(cast(int, socket.get(DESCRIPTOR)), selectors.EVENT_READ, socket)
-
-    def touch(self, socket: zmq.Socket[Any] | None) -> None:
-        """Say that a socket, if there is one, was sent on, or asked for anything."""
-        if socket is not None and socket not in self._asked:
-            self._asked.append(socket)
 
     def readable(self, timeout_s: float) -> list[Any]:
         """Return the sockets with a message to read, and the waker when it was rung.
 
         The list may be empty before `timeout_s` is over: descriptors also speak of connections made and lost.
         """
-        ready: list[Any] = [socket for socket in self._asked if has_message(socket)]
-        self._asked = ready[:]
+        ready: list[Any] = [socket for socket in self._sockets if socket in self.touched and has_message(socket)]
+        self.touched.clear()
+        self.touched.update(ready)
         self._awake += 1
         if ready and self._awake < LOOK_EVERY:
             return ready
         self._awake = 0
         spoke = self._selector.select(0.0 if ready else min(max(0.0, timeout_s), SLEEP_MOST_S))
         if not spoke and not ready:
-            self._asked = list(self._sockets)
+            self.touched.update(self._sockets)
         for key, _ in spoke:
             item = key.data
             if item is self._waker:
                 ready.append(item)
             elif item not in ready and has_message(item):
                 ready.append(item)
-                self._asked.append(item)
+                self.touched.add(item)
         return ready
 
     def close(self) -> None:

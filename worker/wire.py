@@ -39,11 +39,11 @@ def pack_data(message: object, payload: Buffer | None = None) -> list[Buffer]:
 
     The message may be the header of its flat form.
     """
+    if message.__class__ in flat.FORMS:
+        message = flat.FORMS[message.__class__].pack(message)
     if isinstance(message, bytes):
-        return _pack_flat(message, payload or b"")
-    form = flat.FORMS.get(message.__class__)
-    if form is not None:
-        return _pack_flat(form.pack(message), payload or b"")
+        body = payload or b""
+        return [b"".join((message, body))] if len(body) <= JOIN_MOST_BYTES else _pack_large(message, body)
     frames = encode(message, payload)
     if len(frames) == 1 or memoryview(frames[1]).nbytes > JOIN_MOST_BYTES:
         return frames
@@ -89,13 +89,11 @@ def unpack_data(frames: Sequence[Buffer]) -> Received:
     return received
 
 
-def _pack_flat(header: bytes, payload: Buffer) -> list[Buffer]:
-    if len(payload) > JOIN_MOST_BYTES:
-        row = flat.FORM_OF_CODE[header[1]].row
-        if len(payload) > row.payload_bytes:
-            raise FrameTooLarge(f"{row.message.__name__}: payload of {len(payload)} bytes exceeds {row.payload_bytes}")
-        return [header, payload]
-    return [b"".join((header, payload))]
+def _pack_large(header: bytes, payload: Buffer) -> list[Buffer]:
+    row = flat.FORM_OF_CODE[header[1]].row
+    if len(payload) > row.payload_bytes:
+        raise FrameTooLarge(f"{row.message.__name__}: payload of {len(payload)} bytes exceeds {row.payload_bytes}")
+    return [header, payload]
 
 
 def _open_flat(view: memoryview, frames: Sequence[Buffer]) -> Received:

@@ -188,10 +188,10 @@ def test_a_stolen_name_is_not_taken_for_its_owner(ends: tuple[Links, Links]) -> 
                 break
             thief.close(linger=0)
         due = due_of(0, 4)
-        unread = one._doors.take(one._listener.socket, due)
+        unread = one._doors.take(due)
         assert due.headers and not due.parts
         assert unread is not None
-        assert unread[0].bytes == route
+        assert unread.frames[0].bytes == route
     finally:
         context.destroy(linger=0)
 

@@ -56,7 +56,7 @@ def test_a_message_whose_news_was_taken_by_a_send_is_not_slept_through(
     assert watch[0].readable(0.0) == []
     there.send(b"x")
     assert here.get(zmq.EVENTS)  # as any call on the socket does: its descriptor says nothing from here on
-    watch[0].touch(here)
+    watch[0].touched.add(here)
     assert watch[0].readable(60.0) == [here]
 
 
