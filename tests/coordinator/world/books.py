@@ -8,12 +8,14 @@ from __future__ import annotations
 import copy
 from array import array
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from coordinator.events import Effect, SeatsChanged, SessionEnded, SessionFailed, TokensCommitted
 from coordinator.seating import Seats
 from coordinator.session import Session
 from protocol.batches import Sampling
 from protocol.ids import SessionId
+from world.model import expected_answer
 
 
 @dataclass
@@ -27,6 +29,11 @@ class Request:
     answer: list[int] = field(default_factory=list)
     end: SessionEnded | SessionFailed | None = None
     setbacks: int = 0
+
+    @cached_property
+    def whole(self) -> list[int]:
+        """What a single machine would answer."""
+        return expected_answer(self.prompt, self.max_tokens, self.stop_tokens)
 
 
 class Journal:

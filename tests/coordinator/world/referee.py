@@ -33,7 +33,6 @@ from protocol.errors import ManyhandsError, Overloaded, PromptTooLong
 from protocol.ids import SessionId, WorkerId
 from protocol.messages import Carry, FinishReason, Goodbye, Load, Release, Step, Unload
 from world.books import Journal
-from world.model import expected_answer
 
 
 class Referee:
@@ -63,8 +62,8 @@ class Referee:
 
     def check_leases(self, clock: float) -> None:
         """After a tick nobody counts as a member who was silent for too long."""
-        heard = [worker.last_heard_s for worker in self.core.status(clock).workers]
-        assert all(silence_s < self.policy.lease_s for silence_s in heard)
+        own_time = clock - self.core._away_s
+        assert all(member.lease.silence_s(own_time) < self.policy.lease_s for member in self.core._registry)
 
     def check(self, event: Event, effects: list[Effect], awake_s: float) -> None:
         """Look at what an event led to."""
@@ -121,9 +120,8 @@ class Referee:
         assert effect.index == len(request.answer) + len(new), f"{effect.session}: token {effect.index} comes twice"
         new += effect.tokens
         request.setbacks = 0
-        whole = expected_answer(request.prompt, request.max_tokens, request.stop_tokens)
         so_far = request.answer + new
-        assert so_far == whole[: len(so_far)], f"{effect.session}: wrong token at {len(so_far)}"
+        assert so_far == request.whole[: len(so_far)], f"{effect.session}: wrong token at {len(so_far)}"
 
     def _check_load(self, worker: WorkerId, load: Load) -> None:
         assert load.plan.epoch >= self.epoch
@@ -210,7 +208,7 @@ class Referee:
         request = self.requests[end.session]
         assert request.end is None, f"{end.session} ends twice"
         answer = request.answer + answers.get(end.session, [])
-        whole = expected_answer(request.prompt, request.max_tokens, request.stop_tokens)
+        whole = request.whole
         assert answer == whole[: len(answer)]
         if isinstance(end, SessionFailed):
             self._check_failure(end, event, awake_s)

@@ -82,9 +82,10 @@ class Scenario:
         return not self.troubles and not any(rates)
 
 
-def scenario_of(dice: random.Random) -> Scenario:
-    """One of the ways to run a cluster, with short deadlines, and some kinds of trouble."""
-    names = ("head", *NAMES[: dice.choice([1, 2, 3, 3, 4])], *(["head2"] if dice.random() < 0.2 else []))
+def scenario_of(dice: random.Random, num_workers: int = 0) -> Scenario:
+    """One of the ways to run a cluster, with short deadlines, and some kinds of trouble; 0: a few workers."""
+    few = NAMES[: dice.choice([1, 2, 3, 3, 4])] if not num_workers else [f"w{n}" for n in range(num_workers - 1)]
+    names = ("head", *few, *(["head2"] if dice.random() < 0.2 else []))
     troubles = tuple(dice.sample(list(Trouble), dice.choice([0, 1, 2, 4, 8, len(Trouble)])))
     lucky = dice.random() < 0.2
 
@@ -97,7 +98,7 @@ def scenario_of(dice: random.Random) -> Scenario:
         budgets=tuple(dice.choice([BUDGET, BUDGET, BUDGET * 2, BUDGET + 500_000]) for _ in names),
         troubles=troubles,
         weights=tuple(0.2 + dice.random() for _ in troubles),
-        pause_s=dice.choice([0.7, 2.0, 6.0]),
+        pause_s=dice.choice([0.7, 2.0, 6.0]) * len(NAMES) / max(len(NAMES), len(names) / 4),
         num_requests=dice.randint(1, 25),
         loss=rate(0.008),
         doubling=rate(0.06),
