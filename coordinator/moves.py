@@ -12,6 +12,7 @@ from typing import NamedTuple
 from protocol.ids import WorkerId
 from protocol.messages import Cells, KvMove
 from protocol.plans import Plan
+from protocol.specs import Span
 
 
 class Copy(NamedTuple):
@@ -46,16 +47,18 @@ def find_moves(
     A worker keeps its own cells; others come from their owner or, when that is gone, from who keeps a copy.
     """
     moves: dict[WorkerId, Moves] = {}
-    sources = [(owner, owner, cells) for owner, cells in holdings(before) if owner in here]
-    sources += [(copy.owner, copy.holder, copy.cells) for copy in copies if copy.owner not in here]
+    sources = [(owner, cells) for owner, cells in holdings(before) if owner in here]
+    sources += [(copy.holder, copy.cells) for copy in copies if copy.owner not in here and copy.holder in here]
     for taker, wanted in holdings(after):
-        own = [cells for _, holder, cells in sources if holder == taker]
-        for _, giver, cells in sources:
-            part = intersection(wanted, cells)
-            if giver == taker or giver not in here or part is None or any(contains(have, part) for have in own):
-                continue
-            moves.setdefault(giver, Moves()).gives.append(KvMove(peer=taker, cells=part))
-            moves.setdefault(taker, Moves()).takes.append(KvMove(peer=giver, cells=part))
+        needed = [wanted]
+        for holder, cells in sources:
+            if holder == taker:
+                needed = [left for one in needed for left in without(one, cells)]
+        for giver, cells in sources:
+            for part in [part for one in needed if (part := intersection(one, cells)) is not None]:
+                moves.setdefault(giver, Moves()).gives.append(KvMove(peer=taker, cells=part))
+                moves.setdefault(taker, Moves()).takes.append(KvMove(peer=giver, cells=part))
+            needed = [left for one in needed for left in without(one, cells)]
     return moves
 
 
@@ -82,6 +85,16 @@ def intersection(one: Cells, other: Cells) -> Cells | None:
     return Cells(layers=layers, groups=groups) if len(layers) and len(groups) else None
 
 
-def contains(outer: Cells, inner: Cells) -> bool:
-    """Say whether all cells of `inner` are in `outer`."""
-    return intersection(outer, inner) == inner
+def without(one: Cells, other: Cells) -> list[Cells]:
+    """Return the cells of one that are not in the other, as rectangles that don't overlap."""
+    both = intersection(one, other)
+    if both is None:
+        return [one]
+    layers, groups = one.layers, one.groups
+    beside = [
+        Cells(layers=Span(layers.start, both.layers.start), groups=groups),
+        Cells(layers=Span(both.layers.end, layers.end), groups=groups),
+        Cells(layers=both.layers, groups=Span(groups.start, both.groups.start)),
+        Cells(layers=both.layers, groups=Span(both.groups.end, groups.end)),
+    ]
+    return [cells for cells in beside if len(cells.layers) and len(cells.groups)]
