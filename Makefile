@@ -2,6 +2,7 @@
 # make test    set up and run the tests
 # make check   style, types, import directions
 # make bench   measure (see benchmarks/README.md)
+# make worlds  10,000 seeded worlds of the control plane in virtual time; make worlds SEED=17 tells the story of one
 # make soak    kill, freeze and cut by the hundred, then churn; make soak SEEDS=137 MINUTES=0 replays one
 PYTHON ?= python3
 VENV := .venv
@@ -9,10 +10,11 @@ BIN := $(VENV)/bin
 # On a machine without a GPU the CPU build of torch saves gigabytes:
 #   make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP_FLAGS ?=
+WORLDS ?= 10000
 SEEDS ?= 0-499
 MINUTES ?= 5
 
-.PHONY: demo test check bench soak setup clean
+.PHONY: demo test check bench worlds soak setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -44,6 +46,9 @@ check: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks
+
+worlds: setup
+	$(BIN)/python tests/coordinator/run_worlds.py $(if $(SEED),--seed $(SEED),--seeds $(WORLDS))
 
 soak: setup
 	MANYHANDS_CHURN_SEEDS=$(SEEDS) $(BIN)/python -m pytest -v -k seed tests/e2e/test_e2e_churn.py

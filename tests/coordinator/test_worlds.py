@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
-from world.scenario import Trouble, calm_scenario
+from world.scenario import Trouble, calm_scenario, scenario_of
 from world.world import World, run_world
 
 from coordinator.events import SessionEnded, SessionFailed
@@ -36,13 +38,19 @@ def test_in_every_world_all_requests_end_and_the_cluster_serves_again(first: int
             raise AssertionError(f"seed {seed}: {error}") from error
 
 
+def test_a_world_of_many_workers() -> None:
+    world = World(3, scenario_of(random.Random(3), num_workers=200))
+    world.run()
+    world.check()
+
+
 @pytest.mark.parametrize("seed", FOUND)
 def test_worlds_that_found_something(seed: int) -> None:
     run_world(seed)
 
 
 def test_the_worlds_have_every_trouble_and_the_ways_out() -> None:
-    seen = {what if isinstance(what, Trouble) else type(what).__name__ for seed in range(60) for what in _story(seed)}
+    seen = {what if isinstance(what, Trouble) else type(what).__name__ for seed in range(30) for what in _story(seed)}
     assert set(Trouble) <= seen
     effects = {"SessionEnded", "SessionFailed", "DisconnectWorker", "SeatsChanged", "PhaseChanged"}
     events = {"WorkerGone", "WorkerFaulted", "LeaveAsked", "TilesStocked", "PeersReached", "RequestCancelled"}
@@ -73,19 +81,19 @@ def _legs(world: World) -> list[Leg]:
 
 @pytest.mark.parametrize("trouble", [Trouble.DRAIN, Trouble.PAUSE])
 def test_a_change_that_is_prepared_repeats_nothing(trouble: Trouble) -> None:
-    legs = [leg for seed in range(30) for leg in _legs(_calm_world(seed, trouble))]
+    legs = [leg for seed in range(20) for leg in _legs(_calm_world(seed, trouble))]
     assert any(leg.start for leg in legs)
     assert [leg for leg in legs if leg.repeated] == []
 
 
 def test_a_coordinator_that_starts_again_repeats_nothing_when_it_waits_for_its_crew() -> None:
     """But for prompts: which of their chunks were computed, it does not know."""
-    worlds = [_calm_world(seed, Trouble.CRASH) for seed in range(40)]
+    worlds = [_calm_world(seed, Trouble.CRASH) for seed in range(25)]
     legs = [leg for world in worlds if world.policy.return_s for leg in _legs(world) if leg.start]
     assert legs
     assert [leg for leg in legs if leg.repeated] == []
 
 
 def test_a_session_that_breaks_every_plan_takes_no_other_with_it() -> None:
-    ends = [_calm_world(seed, poison=0).primary.journal.requests[SessionId(0)].end for seed in range(20)]
+    ends = [_calm_world(seed, poison=0).primary.journal.requests[SessionId(0)].end for seed in range(12)]
     assert all(isinstance(end, SessionFailed) for end in ends)
