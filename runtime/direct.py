@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from protocol.errors import StorageFailed
@@ -19,7 +20,9 @@ from runtime.page_cache import PageCache, cached_share, forget
 PAGE = mmap.PAGESIZE if mmap.PAGESIZE >= 4096 else 4096
 MOSTLY_CACHED = 0.75  # a kernel that takes idle memory back leaves gaps; a read through the page cache mends them
 HASH_BYTES = 1 << 20  # read at a time to be hashed
-MAX_READ_BYTES = 8 << 20  # what one system call is asked for, and what is looked for in the page cache at a time
+# What one system call is asked for, and what is looked for in the page cache at a time. Good disks want to know much
+# beforehand: one reader got 1.3 to 1.6 GB/s in pieces of 8 MiB and 1.7 to 1.8 in these, where four readers got 1.9.
+MAX_READ_BYTES = 32 << 20
 
 
 def round_up(num_bytes: int) -> int:
@@ -57,10 +60,11 @@ class DirectFile:
                 self._direct = os.open(path, flags | os.O_DIRECT)
         self.num_bytes = os.fstat(self._plain).st_size
 
-    def read_into(self, buffer: memoryview, offset: int) -> None:
+    def read_into(self, buffer: memoryview, offset: int, on_progress: Callable[[], None] = lambda: None) -> None:
         """Fill a page-aligned buffer from `offset`; raises StorageFailed naming file and offset.
 
-        The file may end inside the last page of the buffer; the rest of it is then left as it is.
+        The file may end inside the last page of the buffer; the rest of it is then left as it is. `on_progress` is
+        called after every piece.
         """
         wanted = min(len(buffer), self.num_bytes - offset)
         position = 0
@@ -74,6 +78,7 @@ class DirectFile:
             if count <= 0:
                 raise StorageFailed(f"{self.path} ends at {offset + position}, before its {self.num_bytes} bytes")
             position += count
+            on_progress()
         if wanted < 0:
             raise StorageFailed(f"{self.path} has no byte {offset}")
 

@@ -1,17 +1,18 @@
 """The ring at work: one loader thread reads blocks ahead into slots, the computing thread takes them in turn.
 
-Knows nothing of what a block means: the bytes of a file. What to read next is decided by `runtime.window`.
+Knows nothing of what a block means, or of how it gets into a slot (`runtime.slots`). What to read next is decided by
+`runtime.window`.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 from protocol.errors import DeadlineExceeded, ManyhandsError
-from runtime.direct import DirectFile, aligned_buffer, round_up
+from runtime.slots import Slots
 from runtime.window import Read, Window, WindowPlan
 
 READ_DEADLINE_S = 30.0
@@ -26,18 +27,12 @@ class StreamCounts(NamedTuple):
 
 
 class Ring:
-    """Slots, their loader thread, and a file for each block. `acquire` and `release` are for one computing thread."""
+    """Slots and their loader thread. `acquire` and `release` are for one computing thread."""
 
-    def __init__(
-        self,
-        plan: WindowPlan,
-        files: Mapping[int, DirectFile],
-        *,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.slots = [aligned_buffer(plan.slot_bytes) for _ in range(plan.num_slots)]
+    def __init__(self, plan: WindowPlan, slots: Slots, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """Begin to read; the slots are closed with the ring."""
+        self.slots = slots
         self._window = Window(plan.streamed, plan.num_slots)
-        self._files = files
         self._clock = clock
         self._changed = threading.Condition()
         self._failure: ManyhandsError | None = None
@@ -45,11 +40,6 @@ class Ring:
         self._counts = StreamCounts(0, 0.0, 0.0)
         self._loader = threading.Thread(target=self._load, name="window-loader", daemon=True)
         self._loader.start()
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all slots."""
-        return sum(len(slot) for slot in self.slots)
 
     def counts(self) -> StreamCounts:
         """Return what has flowed so far; may be called from any thread."""
@@ -86,23 +76,22 @@ class Ring:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """End the loader and close the files. The slots live as long as somebody looks at them."""
+        """End the loader and close the slots."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         self._loader.join()
-        for file in self._files.values():
-            file.close()
+        self.slots.close()
 
     def _wait_for_progress(self, block: int) -> None:
-        """One wait for the loader; its deadline starts anew with every block that is read."""
+        """One wait for the loader; its deadline starts anew with every piece that is read."""
         if self._failure is not None:
             failure, self._failure = self._failure, None
             self._changed.notify_all()
             raise failure
         if not self._changed.wait(READ_DEADLINE_S):
             raise DeadlineExceeded(
-                f"block {block} was not read from {self._files[block].path} within {READ_DEADLINE_S:.0f} s",
+                f"block {block} was not read from {self.slots.path(block)} within {READ_DEADLINE_S:.0f} s",
                 phase="window",
                 remedy="check the disk that holds the cache (--cache-dir)",
             )
@@ -110,14 +99,18 @@ class Ring:
     def _load(self) -> None:
         """The loader thread: take an order, read outside the lock, tell."""
         while (order := self._next_order()) is not None:
-            file, slot = self._files[order.block], self.slots[order.slot]
-            began = self._clock()
+            began, num_bytes = self._clock(), 0
             failure: ManyhandsError | None = None
             try:
-                file.read_into(slot[: min(round_up(file.num_bytes), len(slot))], 0)
+                num_bytes = self.slots.fill(order.block, order.slot, self._progress)
             except ManyhandsError as error:
                 failure = error
-            self._tell(file.num_bytes, self._clock() - began, failure)
+            self._tell(num_bytes, self._clock() - began, failure)
+
+    def _progress(self) -> None:
+        """A piece of a block is read: who waits for it waits on."""
+        with self._changed:
+            self._changed.notify_all()
 
     def _next_order(self) -> Read | None:
         with self._changed:

@@ -23,6 +23,7 @@ from runtime.matrices import arrange, arrangement, make_matrix
 from runtime.page_cache import PageCache
 from runtime.shares import StageShare, used_ops
 from runtime.shelf import BlockShelf
+from runtime.slots import open_slots
 from runtime.stream import Ring, StreamCounts
 from runtime.tensors import TileSource
 from runtime.window import WindowPlan, plan_window
@@ -133,7 +134,7 @@ class WindowedBlocks:
     @property
     def num_bytes(self) -> int:
         """Bytes of pinned blocks and of all slots."""
-        return sum(block.num_bytes for block in self._pinned.values()) + self._ring.num_bytes
+        return sum(block.num_bytes for block in self._pinned.values()) + self._ring.slots.num_bytes
 
     def acquire(self, op: int) -> Block | None:
         """Return the block, waiting for the disk when it is behind; raises StorageFailed, DeadlineExceeded."""
@@ -168,7 +169,7 @@ class WindowedBlocks:
         view = self._views.get((op, slot))
         if view is None:
             spec, share = self._order.spec, self._order.share
-            tensors = view_block(spec, share, op, self._ring.slots[slot])
+            tensors = view_block(spec, share, op, self._ring.slots.data(number, slot))
             view = self._views[op, slot] = self._order.make(op, tensors, is_pinned=False)
         return view
 
@@ -208,8 +209,8 @@ def load_blocks(
         shelf.put(op, names[op], block)
     if not streamed:
         return shelf.lend(recipe, PinnedBlocks(shelf.blocks)), plan
-    opened = {number: DirectFile(paths[op], files.page_cache) for number, op in streamed.items()}
-    return shelf.lend(recipe, WindowedBlocks(order, plan, shelf.blocks, Ring(plan, opened))), plan
+    slots = open_slots(plan, {number: paths[op] for number, op in streamed.items()}, files.page_cache)
+    return shelf.lend(recipe, WindowedBlocks(order, plan, shelf.blocks, Ring(plan, slots))), plan
 
 
 def _pin(order: BlockOrder, op: int, source: TileSource) -> AnyBlock:

@@ -31,7 +31,7 @@ class WorkerConfig:
     spool_limit: NumBytesText = setting("4GB", "most that keys and values may take on disk while plans change")
     page_cache: PageCache = setting(
         PageCache.USE,
-        "what streaming does with the page cache: use what is there, fill it with what idle memory there is, or off",
+        "what streaming does with the page cache: use what is there, fill it and compute in it, or off",
     )
     memory: NumBytesText = setting(
         "80%", "budget of weights, caches and process together; % is of what is available now"

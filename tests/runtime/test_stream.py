@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from protocol.errors import StorageFailed
-from runtime import direct
+from runtime import direct, mapped
 from runtime.direct import PAGE, DirectFile, aligned_buffer
+from runtime.mapped import MappedFile, can_map
 from runtime.page_cache import PageCache, cached_share, forget
+from runtime.slots import CopiedSlots, MappedSlots, open_slots
 from runtime.stream import Ring
 from runtime.window import WindowPlan
 
@@ -33,9 +36,10 @@ def plan() -> WindowPlan:
     return WindowPlan(pinned=frozenset({1}), streamed=(0, 2, 3, 4), slot_bytes=3 * PAGE, num_slots=2)
 
 
-@pytest.fixture
-def ring(paths: dict[int, Path], plan: WindowPlan) -> Iterator[Ring]:
-    ring = Ring(plan, {block: DirectFile(path) for block, path in paths.items()})
+@pytest.fixture(params=[PageCache.USE, PageCache.FILL])
+def ring(paths: dict[int, Path], plan: WindowPlan, request: pytest.FixtureRequest) -> Iterator[Ring]:
+    """Slots that are copied to, and slots that show the page cache."""
+    ring = Ring(plan, open_slots(plan, paths, request.param))
     yield ring
     ring.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "window-loader"]
@@ -43,7 +47,7 @@ def ring(paths: dict[int, Path], plan: WindowPlan) -> Iterator[Ring]:
 
 def holds(ring: Ring, block: int) -> bool:
     slot = ring.acquire(block)
-    right = bytes(ring.slots[slot][: SIZES[block]]) == bytes([block + 1]) * SIZES[block]
+    right = bytes(ring.slots.data(block, slot)[: SIZES[block]]) == bytes([block + 1]) * SIZES[block]
     ring.release()
     return right
 
@@ -60,7 +64,7 @@ def test_an_aborted_step_begins_again(ring: Ring) -> None:
 
 
 def test_the_ring_takes_its_memory_at_once(ring: Ring) -> None:
-    assert ring.num_bytes == 2 * 3 * PAGE
+    assert ring.slots.num_bytes == 2 * 3 * PAGE
 
 
 def test_buffers_are_aligned_and_zero() -> None:
@@ -73,15 +77,15 @@ class FailingFile(DirectFile):
 
     is_broken = True
 
-    def read_into(self, buffer: memoryview, offset: int) -> None:
+    def read_into(self, buffer: memoryview, offset: int, on_progress: Callable[[], None] = lambda: None) -> None:
         if self.is_broken:
             raise StorageFailed(f"can't read {self.path} at {offset}: broken")
-        super().read_into(buffer, offset)
+        super().read_into(buffer, offset, on_progress)
 
 
 def test_a_failed_read_is_told_and_tried_again(paths: dict[int, Path], plan: WindowPlan) -> None:
     broken = FailingFile(paths[3])
-    ring = Ring(plan, {block: DirectFile(path) for block, path in paths.items()} | {3: broken})
+    ring = Ring(plan, CopiedSlots(plan, {block: DirectFile(path) for block, path in paths.items()} | {3: broken}))
     try:
         assert holds(ring, 0) and holds(ring, 2)
         with pytest.raises(StorageFailed, match=str(paths[3])):
@@ -92,9 +96,54 @@ def test_a_failed_read_is_told_and_tried_again(paths: dict[int, Path], plan: Win
         ring.close()
 
 
+def test_a_slow_disk_is_waited_for_anew_after_every_piece(
+    paths: dict[int, Path], plan: WindowPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = threading.Semaphore(0)
+
+    class Condition(threading.Condition):
+        """Tells of every wait that has a deadline; who holds the lock can't be told anything before it waits."""
+
+        def wait(self, timeout: float | None = None) -> bool:
+            if timeout is not None:
+                waits.release()
+            return super().wait(timeout)
+
+    class SlowSlots(CopiedSlots):
+        """Gets on as often as somebody waits."""
+
+        def fill(self, block: int, slot: int, on_progress: Callable[[], None]) -> int:
+            for _ in range(3):
+                assert waits.acquire(timeout=10)
+                on_progress()
+            return super().fill(block, slot, on_progress)
+
+    monkeypatch.setattr(threading, "Condition", Condition)
+    ring = Ring(plan, SlowSlots(plan, {block: DirectFile(path) for block, path in paths.items()}))
+    assert holds(ring, 0)
+    waits.release(3)  # what is read ahead
+    ring.close()
+
+
+def test_progress_is_told_after_every_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct, "MAX_READ_BYTES", 2 * PAGE)
+    monkeypatch.setattr(mapped, "PIECE_BYTES", 2 * PAGE)
+    path, pieces = tmp_path / "block", []
+    path.write_bytes(bytes(5 * PAGE))
+    file = DirectFile(path)
+    file.read_into(aligned_buffer(5 * PAGE), 0, lambda: pieces.append("read"))
+    file.close()
+    assert pieces == ["read"] * 3
+    if can_map():
+        shown = MappedFile(path)
+        shown.show(lambda: pieces.append("shown"))
+        shown.close()
+        assert pieces == ["read"] * 3 + ["shown"] * 3
+
+
 def test_without_direct_reads(paths: dict[int, Path], plan: WindowPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("os.O_DIRECT", raising=False)
-    ring = Ring(plan, {block: DirectFile(path) for block, path in paths.items()})
+    ring = Ring(plan, open_slots(plan, paths, PageCache.USE))
     assert all(holds(ring, block) for block in (0, 2, 3, 4, 0))
     ring.close()
 
@@ -147,3 +196,62 @@ def test_reading_past_the_end_is_told(paths: dict[int, Path]) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(StorageFailed, match="gone"):
         DirectFile(tmp_path / "gone")
+
+
+needs_mapping = pytest.mark.skipif(not can_map(), reason="this system does not show pages on demand")
+
+
+@needs_mapping
+def test_who_fills_the_page_cache_computes_in_it(paths: dict[int, Path], plan: WindowPlan) -> None:
+    ring = Ring(plan, open_slots(plan, paths, PageCache.FILL))
+    assert isinstance(ring.slots, MappedSlots)
+    ring.close()
+
+
+def shown_pages(path: Path) -> int:
+    """Pages of a file that are this process's memory now."""
+    found = re.search(rf"{re.escape(str(path))}\n(?:.*\n)*?Rss: +(\d+) kB", Path("/proc/self/smaps").read_text())
+    assert found is not None
+    return 1024 * int(found[1]) // PAGE
+
+
+@needs_mapping
+def test_no_more_is_shown_than_there_are_slots(tmp_path: Path) -> None:
+    size = 64 * PAGE
+    paths = {block: tmp_path / f"large-{block}" for block in range(4)}
+    for block, path in paths.items():
+        path.write_bytes(bytes([block]) * size)
+    plan = WindowPlan(pinned=frozenset(), streamed=(0, 1, 2, 3), slot_bytes=size, num_slots=2)
+    slots = open_slots(plan, paths, PageCache.FILL)
+    for block, slot in [(0, 0), (1, 1), (2, 0), (3, 1), (0, 0)]:
+        assert slots.fill(block, slot, lambda: None) == size
+        assert bytes(slots.data(block, slot)) == bytes([block]) * size
+        assert shown_pages(paths[block]) == 64
+    assert [shown_pages(path) for path in paths.values()] == [64, 0, 0, 64]
+    slots.close()
+
+
+@needs_mapping
+def test_a_mapped_file_that_ends_early_is_told(paths: dict[int, Path], plan: WindowPlan) -> None:
+    slots = open_slots(plan, paths, PageCache.FILL)
+    paths[3].write_bytes(b"")  # truncated behind our back
+    with pytest.raises(StorageFailed, match=f"can't read {paths[3]}"):
+        slots.fill(3, 0, lambda: None)
+    assert slots.fill(2, 0, lambda: None) == SIZES[2]
+    slots.close()
+
+
+@needs_mapping
+def test_a_file_that_is_larger_than_its_slot_is_told(paths: dict[int, Path], plan: WindowPlan) -> None:
+    paths[2].write_bytes(bytes(4 * PAGE))
+    with pytest.raises(StorageFailed, match=f"{paths[2]} has {4 * PAGE} bytes"):
+        open_slots(plan, paths, PageCache.FILL)
+
+
+@pytest.mark.parametrize("content", [None, b""])
+def test_a_file_that_can_not_be_mapped_is_named(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "block"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(StorageFailed, match=str(path)):
+        MappedFile(path)

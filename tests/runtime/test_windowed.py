@@ -14,6 +14,7 @@ from protocol.errors import BudgetTooSmall, StorageFailed
 from protocol.specs import ActivationFormat, ModelSpec, WeightFormat
 from runtime.fused import block_bytes
 from runtime.kernels import Kernels
+from runtime.page_cache import PageCache
 from runtime.shares import used_ops
 
 FORMATS = {
@@ -54,8 +55,9 @@ def logits_of(crew: Crew) -> torch.Tensor:
     return torch.stack(crew.generate(PROMPT, 6)[1])
 
 
+@pytest.mark.parametrize("page_cache", [PageCache.USE, PageCache.FILL])
 @pytest.mark.parametrize("name", FORMATS)
-def test_any_window_gives_the_same_bits(name: str, tmp_path: Path, crews: list[Crew]) -> None:
+def test_any_window_gives_the_same_bits(name: str, page_cache: PageCache, tmp_path: Path, crews: list[Crew]) -> None:
     spec = spec_in(name)
     crews.append(Crew(spec, MODEL, whole(spec)))
     wanted = logits_of(crews[0])
@@ -64,7 +66,7 @@ def test_any_window_gives_the_same_bits(name: str, tmp_path: Path, crews: list[C
     for number, left in enumerate((2 * max(sizes), 3 * max(sizes), sum(sizes) * 3 // 4, sum(sizes))):
         folder = tmp_path / str(number)
         folder.mkdir()
-        crews.append(Crew(spec, MODEL, whole(spec), left_bytes=left, files=FolderFiles(folder)))
+        crews.append(Crew(spec, MODEL, whole(spec), left_bytes=left, files=FolderFiles(folder, page_cache)))
         part = crews[-1].parts[0][0]
         assert part.blocks.num_bytes <= left + 4096 * 3
         assert bool(part.window.streamed) == (left < sum(sizes))

@@ -218,10 +218,9 @@ class NoFiles:
 class FolderFiles:
     """Blocks in a folder, made once."""
 
-    page_cache = PageCache.USE
-
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, page_cache: PageCache = PageCache.USE) -> None:
         self.folder = folder
+        self.page_cache = page_cache
         self.num_made = 0
 
     def name_of(self, op: int) -> bytes:
