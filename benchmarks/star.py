@@ -25,6 +25,7 @@ from protocol.messages import LinkMode, LinkOrder, Peer
 from protocol.plans import Plan, Share, Stage
 from protocol.security import KeyPair
 from protocol.specs import ActivationFormat, ModelSpec, RopeSpec, Span, WeightFormat
+from worker.doors import Doors, Unread
 from worker.due import Due
 from worker.links import Links
 from worker.star import Star
@@ -61,11 +62,17 @@ class Post:
         """Send to members."""
         self._links.send(targets, message, payload)
 
-    def collect(self, due: Due, timeout_s: float) -> Arrival | None:
-        """Wait for what is due."""
+    def doors(self) -> Doors | None:
+        """The short ways."""
+        return self._links.doors()
+
+    def collect(self, due: Due, timeout_s: float, unread: Unread | None = None) -> Arrival | None:
+        """Wait for what did not come by a short way."""
         deadline = time.monotonic() + timeout_s
+        if unread is not None:
+            self._links.read(unread)
         while due.headers and time.monotonic() < deadline:
-            arrival = self._links.receive(deadline - time.monotonic(), due)
+            arrival = self._links.receive(deadline - time.monotonic())
             if arrival is not None and not due.take(arrival):
                 return arrival
         return None

@@ -42,14 +42,37 @@ def sum_partials(parts: Sequence[Tensor | None], activations: ActivationFormat) 
     return total.to(dtype_of(activations))
 
 
-def add_parts(parts: Sequence[memoryview], wire: ActivationFormat, shape: tuple[int, int]) -> memoryview:
+class Total:
+    """Where fp32 sums of one shape lie, one after the other: the same memory as a tensor, as numbers and as bytes."""
+
+    __slots__ = ("octets", "total_TD", "values_TD")
+
+    def __init__(self, num_rows: int, hidden: int) -> None:
+        self.values_TD: _Values = np.empty((num_rows, hidden), _F32)
+        self.total_TD = torch.from_numpy(self.values_TD)
+        self.octets = self.values_TD.data.cast("B")
+
+
+def add_parts(
+    parts: Sequence[memoryview], wire: ActivationFormat, shape: tuple[int, int], into: Total | None = None
+) -> memoryview:
     """Return the bytes of `sum_partials` in the wire's format; the parts are only read, and are added as given.
 
-    Every part must have the length of the shape. Raises StepFailed when there is none.
+    `into`: where an fp32 sum is to lie, with its bytes. Every part must have the length of the shape. Raises StepFailed
+    when there is none.
     """
     if wire is not ActivationFormat.FLOAT32 or len(parts) < 2:
-        return to_wire(sum_partials([from_wire(part, wire, shape) for part in parts], wire), wire)
+        payload = to_wire(sum_partials([from_wire(part, wire, shape) for part in parts], wire), wire)
+        if into is None:
+            return payload
+        into.octets[:] = payload
+        return into.octets
     values: list[_Values] = [np.ndarray(shape, _F32, part) for part in parts]
+    if into is not None:
+        total = np.add(values[0], values[1], into.values_TD)
+        for part in values[2:]:
+            np.add(total, part, total)
+        return into.octets
     total = np.add(values[0], values[1])
     for part in values[2:]:
         np.add(total, part, total)

@@ -1,25 +1,28 @@
-"""Ways to neighbours while their links stay as they are, and the short way to the parts of a sum.
+"""Ways to neighbours while their links stay as they are, and the short way of the parts of a sum.
 
-That is: wait at the one socket by which all who owe a part come in, and take what is due.
-Knows nothing of other messages: what is not due byte by byte, from a neighbour and by its own way, it hands back
+That is: send a small frame at once, and wait at the one socket by which all who owe a part come in, and take what is
+due. Knows nothing of other messages: what is not due byte by byte, from a neighbour and by its own way, it hands back
 unread. A look at all sockets costs as much as a small sum itself, and between two sums of a step nothing else is due;
-so what else happens is heard of when this wait ends, within 10 ms. It is all in one loop, because it runs in processor
-caches that other processes have just filled, where every further function costs microseconds.
+so what else happens is heard of when this wait ends, within 10 ms. Each is one loop, because they run in processor
+caches that other processes have just filled, where every further function costs microseconds: with thirteen calls
+between a tensor and its sockets instead of six a sum took a third longer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import zmq
 
+from protocol.frames import Buffer
 from protocol.ids import WorkerId
 from protocol.transport import proven_key
 from worker.coordinator_line import CoordinatorLine
 from worker.due import Due
 from worker.peer import Peer
-from worker.sending import BLOCK, receive_rest
+from worker.sending import BLOCK, NOBLOCK, NOBLOCK_MORE, receive_rest, send_plain
+from worker.wire import JOIN_MOST_BYTES
 
 Socket = zmq.Socket[Any]
 
@@ -53,6 +56,27 @@ class Doors:
             doors = {self._doors.get(source) for source in sources}
             self._known[sources] = doors.pop() if len(doors) == 1 else None
         return self._known[sources]
+
+    def send(self, targets: Sequence[WorkerId], header: bytes, payload: Buffer) -> Sequence[WorkerId]:
+        """Send a message in its flat form to neighbours, in order, as long as each takes it at once.
+
+        Returns those who have yet to get it: all of them when it is too large to be copied.
+        """
+        if len(payload) > JOIN_MOST_BYTES:
+            return targets
+        frame, ways, touched = b"".join((header, payload)), self.ways, self._touched
+        for number, target in enumerate(targets):
+            if target not in ways:
+                return targets[number:]
+            socket, before = ways[target]
+            touched.add(socket)
+            try:
+                for part in before:
+                    send_plain(socket, part, NOBLOCK_MORE)
+                send_plain(socket, frame, NOBLOCK)
+            except zmq.ZMQError:  # full, or gone: the next try tells
+                return targets[number:]
+        return ()
 
     def take(self, due: Due) -> Unread | None:
         """Take what is due as it comes in by the door of its sources, if they have one.

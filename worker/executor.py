@@ -36,6 +36,7 @@ from worker.commands import (
     Rest,
     TilesSpoiled,
 )
+from worker.doors import Doors, Unread
 from worker.due import Due
 from worker.forming import Bench, ExecutorSettings, Forming, LoadCount
 from worker.kv_shelf import KvShelf
@@ -70,6 +71,7 @@ class Executor:
     ) -> None:
         """`report` is called in the compute thread; it takes links and spool over and closes them at the end."""
         self._links = links
+        self.doors: Callable[[], Doors | None] = links.doors
         self._report = report
         self._settings = settings
         self._count = LoadCount()
@@ -158,12 +160,16 @@ class Executor:
         if self._num_urgent:
             raise _Superseded
 
-    def collect(self, due: Due, timeout_s: float) -> Arrival | None:
-        """Wait for what is due; a `Partial` or `Sum` that is not is returned, what else arrives waits for its turn."""
+    def collect(self, due: Due, timeout_s: float, unread: Unread | None = None) -> Arrival | None:
+        """Wait for what is due; a `Partial` or `Sum` that is not is returned, what else arrives waits for its turn.
+
+        `unread`: a message that came by a short way and is taken in first.
+        """
         missing, deadline = len(due.headers), time.monotonic() + timeout_s
         while due.headers:
             # What has come is taken before way is given: the sum that ends a step is worth the step.
-            arrival = self._receive(0 if self._num_urgent else deadline - time.monotonic(), due)
+            arrival = self._receive(0 if self._num_urgent else deadline - time.monotonic(), unread)
+            unread = None
             if arrival is not None and not isinstance(arrival.message, bytes):
                 self._keep(arrival)
             elif arrival is not None and not due.take(arrival):
@@ -256,10 +262,12 @@ class Executor:
             case _:
                 raise InvariantBroken(f"{arrival.sender} sent a part or a sum outside of a step", node=arrival.sender)
 
-    def _receive(self, timeout_s: float, due: Due | None = None) -> Arrival | None:
-        """Return the next message, or take what is due; keys and values are taken at once, whatever is under way."""
+    def _receive(self, timeout_s: float, unread: Unread | None = None) -> Arrival | None:
+        """Return the next message; keys and values are taken at once, whatever is under way."""
         try:
-            arrival = self._links.receive(timeout_s, due)
+            if unread is not None:
+                self._links.read(unread)
+            arrival = self._links.receive(timeout_s)
         except PeerLost as error:
             if self._traffic is None or error.node in self._traffic.neighbours:
                 raise

@@ -26,7 +26,6 @@ from protocol.messages import Activation, KvRows, LinkHello, LinkMode, LinkOrder
 from protocol.security import KeyPair
 from worker.coordinator_line import CoordinatorLine, StepFrames, read_line
 from worker.doors import Doors, Unread
-from worker.due import Due
 from worker.listener import Heard, Listener, heard
 from worker.peer import Peer
 from worker.sending import Lent, lend, receive_now, send_now, send_within
@@ -143,21 +142,27 @@ class Links:
         self._line.send(encode(message, payload))
         self._touch_line()
 
-    def receive(self, timeout_s: float, due: Due | None = None) -> Arrival | None:
+    def doors(self) -> Doors | None:
+        """Return the short ways to neighbours as they are now; None while something else must be heard or done first.
+
+        What `Doors.take` hands back belongs to `read`.
+        """
+        return None if self._arrivals or self._is_linking else self._doors
+
+    def read(self, unread: Unread) -> None:
+        """Take in a message that was received already: `receive` returns it. Raises what `receive` does."""
+        if unread.door is self._listener.socket:
+            self._hear(heard(unread.frames))
+        else:
+            peer = next(one for one in self._peers.values() if one.dealer is unread.door)
+            self._take_frames(peer, [frame.buffer for frame in unread.frames])
+
+    def receive(self, timeout_s: float) -> Arrival | None:
         """Return the next message of this epoch; None after `timeout_s` or when woken.
 
-        Frames that are `due` may be taken instead of returned; when that completes it, None is returned at once. This
-        is faster where all of them come in by one socket, but hears of anything else (a wake, a break, others'
-        messages) up to 10 ms later.
         Raises PeerLost (naming it) or CoordinatorLost when a connection breaks, ProtocolViolation for what may not
         be sent.
         """
-        if due is not None and timeout_s > 0 and not self._arrivals and not self._is_linking:
-            unread = self._doors.take(due)
-            if unread is not None:
-                self._read(unread, due)
-            if not due.headers:
-                return None
         if self._arrivals:
             return self._arrivals.popleft()
         deadline = self._clock() + timeout_s
@@ -190,12 +195,6 @@ class Links:
         if self._peers[target].mode is LinkMode.RELAY:
             return CoordinatorLost(f"the data connection is gone: {error.strerror}", phase="send")
         return PeerLost(f"{target} can't be sent to: {error.strerror}", node=target, phase="send")
-
-    def _read(self, unread: Unread, due: Due) -> None:
-        if unread.door is self._listener.socket:
-            self._hear(heard(unread.frames))
-        else:
-            self._take_frames(self._peers[due.sources[0]], [frame.buffer for frame in unread.frames])
 
     def _hear(self, one: Heard) -> None:
         peer = self._by_key.get(one.key)

@@ -24,7 +24,7 @@ UNDELIVERED: Final = frozenset({errno.EAGAIN, errno.EHOSTUNREACH})
 NOBLOCK: Final = int(zmq.NOBLOCK)  # plain numbers: adding two members of pyzmq's enum takes as long as sending 4 KiB
 NOBLOCK_MORE: Final = int(zmq.NOBLOCK) + int(zmq.SNDMORE)
 BLOCK: Final = 0
-_send: Final = PlainSocket.send  # its subclass has a `send` around this one, for kinds of sockets that we don't use
+send_plain: Final = PlainSocket.send  # its subclass has a `send` around it, for kinds of sockets that we don't use
 
 
 def send_within(socket: zmq.Socket[Any], frames: Sequence[Buffer], deadline_s: float = SEND_DEADLINE_S) -> None:
@@ -47,11 +47,11 @@ def send_now(socket: zmq.Socket[Any], frames: Sequence[Buffer]) -> None:
     """Send or raise zmq.Again; either all frames are taken or none."""
     *before, last = frames
     for frame in before:
-        _send(socket, frame, NOBLOCK_MORE)
+        send_plain(socket, frame, NOBLOCK_MORE)
     if len(last) <= COPY_MOST_BYTES:
-        _send(socket, last, NOBLOCK)
+        send_plain(socket, last, NOBLOCK)
     else:
-        _send(socket, last, NOBLOCK, copy=False)
+        send_plain(socket, last, NOBLOCK, copy=False)
 
 
 class Lent(Protocol):

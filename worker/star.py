@@ -22,10 +22,11 @@ from protocol.frames import Buffer
 from protocol.ids import WorkerId
 from protocol.messages import Partial, Sum
 from protocol.plans import Plan
-from runtime.reduce import add_parts, sum_partials
+from runtime.reduce import Total, add_parts, sum_partials
 from runtime.tensors import as_bytes, as_tensor, dtype_of
+from worker.doors import Doors, Unread
 from worker.due import Due
-from worker.wire import Arrival
+from worker.wire import JOIN_MOST_BYTES, Arrival
 
 STEP_TIMEOUT_S: Final = 30.0
 PARTIAL: Final = flat.FORMS[Partial]
@@ -39,10 +40,14 @@ class Post(Protocol):
         """Send the same message (or the header of its flat form) to members; raises PeerLost."""
         ...
 
-    def collect(self, due: Due, timeout_s: float) -> Arrival | None:
+    def doors(self) -> Doors | None:
+        """Return the short ways to members; None while something else must be heard first."""
+        ...
+
+    def collect(self, due: Due, timeout_s: float, unread: Unread | None = None) -> Arrival | None:
         """Wait until all that is due has come, or nothing of it comes for `timeout_s`; raises what ends the step.
 
-        Returns at once with a `Partial` or `Sum` that is not due.
+        Returns at once with a `Partial` or `Sum` that is not due. `unread`: what `Doors.take` handed back.
         """
         ...
 
@@ -76,15 +81,17 @@ class Star:
         self._activations, self._wire = dtype_of(plan.model.activations), dtype_of(plan.wire)
         self._hidden = plan.model.hidden
         self._row_bytes = self._hidden * self._wire.itemsize
-        self._is_plain = device.type == "cpu" and self._wire is self._activations  # what comes in can be computed on
+        self._is_plain_fp32 = device.type == "cpu" and self._wire is self._activations is torch.float32
+        self._totals: dict[int, Total] = {}  # by rows
         self.num_ops = 0
         self.num_bytes = 0
 
     def reduce(self, step: int, num_rows: int, op: int, own_TD: Tensor | None) -> Tensor:
         """Return the sum of `op` over all members, `[T, D]`; every member calls this for every operation.
 
-        Raises ProtocolViolation for a frame that does not fit, DeadlineExceeded naming whom it waited for in vain,
-        StepFailed for an own part of another shape.
+        It is valid until the next call: small sums lie in the same memory one after the other. Raises ProtocolViolation
+        for a frame that does not fit, DeadlineExceeded naming whom it waited for in vain, StepFailed for an own part of
+        another shape.
         """
         if len(self._ranks) == 1:
             total_TD = sum_partials([own_TD], self._plan.wire)
@@ -96,38 +103,65 @@ class Star:
             own = as_bytes(own_TD if own_TD.dtype is self._wire else own_TD.to(self._wire))
             if len(own) != num_bytes:
                 raise StepFailed(f"the own part of a sum of {num_bytes} bytes has shape {list(own_TD.shape)}")
-        payload = self._gather(step, op, shape, own) if self._is_hub else self._ask_hub(step, op, num_bytes, own)
-        total_TD = as_tensor(payload, self._wire, shape)
+        # From here to the sockets the way is short on purpose, see `worker.doors`.
+        total = self._totals.get(num_rows)
+        if total is None and self._is_plain_fp32 and num_bytes <= JOIN_MOST_BYTES:
+            total = self._totals[num_rows] = Total(num_rows, self._hidden)
+        if self._is_hub:
+            payload = self._gather(step, op, shape, own, total)
+        else:
+            payload = self._ask_hub(step, op, num_bytes, own)
+            if total is not None:
+                total.octets[:] = payload
         self.num_ops += 1
-        return total_TD if self._is_plain else total_TD.to(self._device, self._activations)
+        if total is not None:
+            return total.total_TD
+        return as_tensor(payload, self._wire, shape).to(self._device, self._activations)
 
-    def _gather(self, step: int, op: int, shape: tuple[int, int], own: memoryview | None) -> memoryview:
+    def _gather(
+        self, step: int, op: int, shape: tuple[int, int], own: memoryview | None, total: Total | None
+    ) -> memoryview:
         """Hub: wait for every part, add them in rank order, hand out the sum."""
         epoch, form = self._plan.epoch, self._format
         headers = {worker: PARTIAL.header(epoch, step, op, rank, form) for worker, rank in self._owing[op % 2]}
         due = Due(step, op, headers, shape[0] * self._row_bytes)
-        arrival = self._post.collect(due, self._timeout_s)
-        if due.headers:
-            raise self._failure(arrival, due)
+        doors = self._post.doors()
+        unread = None if doors is None else doors.take(due)
+        if headers:
+            self._wait(due, unread)
+            doors = self._post.doors()
         parts = due.parts
         if own is not None:
             parts[self._own] = own
-        payload = add_parts([parts[worker] for worker in self._members if worker in parts], self._plan.wire, shape)
-        self._post.send(self._targets, SUM.header(epoch, step, op, form), payload)
+        present = [parts[worker] for worker in self._members if worker in parts]
+        payload = add_parts(present, self._plan.wire, shape, total)
+        header = SUM.header(epoch, step, op, form)
+        targets = self._targets if doors is None else doors.send(self._targets, header, payload)
+        if targets:
+            self._post.send(targets, header, payload)
         self.num_bytes += due.num_bytes * (len(parts) + len(self._targets))
         return payload
 
     def _ask_hub(self, step: int, op: int, num_bytes: int, own: memoryview | None) -> memoryview:
         """Another member: send the own part, wait for the sum."""
-        epoch, form = self._plan.epoch, self._format
+        epoch, form, hub = self._plan.epoch, self._format, self._hub
+        doors = self._post.doors()
         if own is not None:
-            self._post.send(self._targets, PARTIAL.header(epoch, step, op, self._rank, form), own)
-        due = Due(step, op, {self._hub: SUM.header(epoch, step, op, form)}, num_bytes)
-        arrival = self._post.collect(due, self._timeout_s)
+            header = PARTIAL.header(epoch, step, op, self._rank, form)
+            if doors is None or doors.send(self._targets, header, own):
+                self._post.send(self._targets, header, own)
+        due = Due(step, op, {hub: SUM.header(epoch, step, op, form)}, num_bytes)
+        unread = None if doors is None else doors.take(due)
+        if due.headers:
+            self._wait(due, unread)
+        self.num_bytes += num_bytes * (1 if own is None else 2)
+        return due.parts[hub]
+
+    def _wait(self, due: Due, unread: Unread | None) -> None:
+        """Wait for what did not come by the short way; raises what `reduce` does."""
+        arrival = self._post.collect(due, self._timeout_s, unread)
         if due.headers:
             raise self._failure(arrival, due)
-        self.num_bytes += num_bytes * (1 if own is None else 2)
-        return due.parts[self._hub]
 
     def _failure(self, arrival: Arrival | None, due: Due) -> ManyhandsError:
         """Say why not all came that is due: something else came instead, or nothing for too long."""

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from protocol.errors import StepFailed
 from protocol.specs import ActivationFormat
-from runtime.reduce import add_parts, sum_partials, to_wire
+from runtime.reduce import Total, add_parts, sum_partials, to_wire
 from runtime.tensors import dtype_of
 
 FORMATS = tuple(ActivationFormat)
@@ -29,7 +29,13 @@ def test_the_bits_are_those_of_torch(seed: int, count: int, own: int, wire: Acti
         frame = memoryview(data if seed % 2 else bytes(data))[offset:]
         parts.append(to_wire(tensor, wire) if number == own else frame)
     before = [bytes(to_wire(tensor, wire)) for tensor in tensors]
-    assert bytes(add_parts(parts, wire, shape)) == bytes(to_wire(sum_partials(tensors, wire), wire))
+    wanted = bytes(to_wire(sum_partials(tensors, wire), wire))
+    assert bytes(add_parts(parts, wire, shape)) == wanted
+    if wire is ActivationFormat.FLOAT32:
+        total = Total(*shape)
+        for _ in range(2):
+            assert add_parts(parts, wire, shape, total) is total.octets
+            assert bytes(total.octets) == bytes(to_wire(total.total_TD, wire)) == wanted
     assert [bytes(to_wire(tensor, wire)) for tensor in tensors] == before
 
 
