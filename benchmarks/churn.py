@@ -258,12 +258,12 @@ def report(soaked: Soaked, calm_s: float = CALM_S) -> None:
         ("", "right", "wrong", "typed errors", "tokens/s", "longest pause, s", "plans", "largest"),
         rows,
     )
-    rows = []
+    held = []
     for name, was in soaked.before.items():
         now = soaked.after[name]
         memory = f"{was.memory_bytes / 2**20:.0f} -> {now.memory_bytes / 2**20:.0f}"
-        rows.append((name, memory, *(f"{a} -> {b}" for a, b in zip(was[1:], now[1:], strict=True))))
-    table("(h) What those who stay hold, before and after", ("", "MiB", "files", "sockets", "threads"), rows)
+        held.append((name, memory, *(f"{a} -> {b}" for a, b in zip(was[1:], now[1:], strict=True))))
+    table("(h) What those who stay hold, before and after", ("", "MiB", "files", "sockets", "threads"), held)
 
 
 def main() -> int:

@@ -19,12 +19,24 @@ V2 = Path("/sys/fs/cgroup")
 READ_BYTES = 8 << 20
 
 
-class MemoryGroup:
-    """One control group; the page cache of its processes counts too, but the kernel takes that back by itself."""
+class ControlGroup:
+    """One control group and its folder."""
 
     def __init__(self, folder: Path, *, is_v1: bool) -> None:
         self._folder = folder
         self._is_v1 = is_v1
+
+    def take(self, process: int) -> None:
+        """Move a process in."""
+        (self._folder / "cgroup.procs").write_text(str(process))
+
+    def remove(self) -> None:
+        """Remove the empty group."""
+        self._folder.rmdir()
+
+
+class MemoryGroup(ControlGroup):
+    """A limit of memory; the page cache of its processes counts too, but the kernel takes that back by itself."""
 
     @staticmethod
     def make(name: str, limit_bytes: int) -> MemoryGroup | None:
@@ -40,7 +52,7 @@ class MemoryGroup:
 
     def enter(self) -> None:
         """Move this process in; children that it starts from now on are in too."""
-        (self._folder / "cgroup.procs").write_text(str(os.getpid()))
+        self.take(os.getpid())
 
     def leave(self) -> None:
         """Move this process back to the root group."""
@@ -52,17 +64,9 @@ class MemoryGroup:
         counts = dict(line.split() for line in file.read_text().splitlines())
         return int(counts.get("oom_kill", 0))
 
-    def remove(self) -> None:
-        """Remove the empty group."""
-        self._folder.rmdir()
 
-
-class DiskGroup:
-    """One control group whose processes may read from one disk at a limited rate."""
-
-    def __init__(self, folder: Path, *, is_v1: bool) -> None:
-        self._folder = folder
-        self._is_v1 = is_v1
+class DiskGroup(ControlGroup):
+    """A limited rate at which its processes may read from one disk."""
 
     @staticmethod
     def make(name: str) -> DiskGroup | None:
@@ -75,10 +79,6 @@ class DiskGroup:
             return None
         return DiskGroup(folder, is_v1=is_v1) if (folder / _rate_file(is_v1)).exists() else None
 
-    def take(self, process: int) -> None:
-        """Move a process in."""
-        (self._folder / "cgroup.procs").write_text(str(process))
-
     def hold(self, file: Path, bytes_per_s: int) -> None:
         """Limit reading from the disk that holds `file`, from now on."""
         device = file.stat().st_dev
@@ -86,10 +86,6 @@ class DiskGroup:
         (self._folder / _rate_file(self._is_v1)).write_text(
             f"{os.major(device)}:{os.minor(device)} {word}{bytes_per_s}"
         )
-
-    def remove(self) -> None:
-        """Remove the empty group."""
-        self._folder.rmdir()
 
 
 def _rate_file(is_v1: bool) -> str:

@@ -170,8 +170,9 @@ def _serve(orders: socket.socket) -> None:
         os.set_blocking(end, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(woken)
+    sources: list[socket.socket | int] = [orders, wake]
     while True:
-        ready, _, _ = select.select([orders, wake], [], [])
+        ready, _, _ = select.select(sources, [], [])
         if wake in ready:
             os.read(wake, 4096)
             _tell_ends(orders)

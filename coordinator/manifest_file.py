@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import tempfile
 from pathlib import Path
 
 import msgpack
 
-from protocol.errors import FrameMalformed
+from protocol.durable_file import write_whole
+from protocol.errors import FrameMalformed, StorageFailed, StorageFull
 from protocol.schema import pack, unpack
 from protocol.tiles import TileEntry
 
@@ -54,16 +53,6 @@ def store_entries(path: Path, entries: list[TileEntry]) -> None:
     payload = msgpack.packb([pack(entry) for entry in entries])
     data = MAGIC + hashlib.sha256(payload).digest() + payload
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        _LOG.warning("can't keep the tile manifest %s (%s); the next start hashes the model again", path, error)
+        write_whole(path, data, is_synced=True)
+    except (StorageFull, StorageFailed) as error:
+        _LOG.warning("%s; the next start hashes the model again for want of a tile manifest", error.message)

@@ -5,6 +5,7 @@ Knows nothing of what is in the folder. The hub's library is imported only when 
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 from pathlib import Path
@@ -15,7 +16,6 @@ _log = logging.getLogger(__name__)
 _HUB_NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
 HUB_IGNORED = ("original/*", "onnx/*", "*/onnx/*")  # second copies of the same weights
-ENOSPC = 28
 
 
 def find_model_folder(model: str) -> Path:
@@ -73,7 +73,7 @@ def _hub_error(repo: str, error: OSError | ValueError) -> ManyhandsError:
         )
     if isinstance(error, errors.RevisionNotFoundError | errors.HFValidationError):
         return ConfigInvalid(f"model {repo}: {told}", remedy="write OWNER/NAME or OWNER/NAME@REVISION")
-    if isinstance(error, OSError) and error.errno == ENOSPC:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return StorageFull(f"no room to download model {repo}: {told}", remedy="free space, or move HF_HOME")
     return CheckpointInvalid(
         f"model {repo} is not on this disk and can't be downloaded: {told}",

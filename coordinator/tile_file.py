@@ -6,15 +6,12 @@ float tiles are cut on demand instead and need no copy.
 
 from __future__ import annotations
 
-import errno
 import os
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
 
-from protocol.errors import StorageFailed, StorageFull
+from protocol.durable_file import Draft, storage_errors
+from protocol.errors import StorageFailed
 from protocol.tiles import TileEntry
 
 
@@ -59,49 +56,30 @@ class TileFile:
 
 
 class TileFileWriter:
-    """Writes tiles beside the final name and renames at the end; left early, nothing remains."""
+    """Writes tiles beside the final name and renames at the end; left early, nothing remains.
+
+    All methods raise StorageFull or StorageFailed.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._temporary = ""
-        self._file: IO[bytes] | None = None
+        self._draft = Draft(path)
 
     def __enter__(self) -> TileFileWriter:
-        with _told(self._path):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, self._temporary = tempfile.mkstemp(dir=self._path.parent, prefix=f".{self._path.name}.")
-            self._file = os.fdopen(descriptor, "wb")
+        with storage_errors(self._path):
+            self._draft.__enter__()
         return self
 
     def append(self, data: bytes | bytearray) -> None:
-        """Add a tile; raises StorageFull or StorageFailed."""
-        with _told(self._path):
-            self._open_file.write(data)
+        """Add a tile."""
+        with storage_errors(self._path):
+            self._draft.append(data)
 
     def finish(self) -> None:
-        """Put the file in its place, on disk for good; raises StorageFull or StorageFailed."""
-        with _told(self._path):
-            self._open_file.flush()
-            os.fsync(self._open_file.fileno())
-            self._open_file.close()
-            Path(self._temporary).replace(self._path)
+        """Put the file in its place, on disk for good."""
+        with storage_errors(self._path):
+            self._draft.finish()
 
     def __exit__(self, *_: object) -> None:
-        self._open_file.close()
-        Path(self._temporary).unlink(missing_ok=True)
-
-    @property
-    def _open_file(self) -> IO[bytes]:
-        if self._file is None:
-            raise StorageFailed(f"{self._path} is not being written")
-        return self._file
-
-
-@contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """Turn what the operating system says into a typed error that names the file."""
-    try:
-        yield
-    except OSError as error:
-        failure = StorageFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageFailed
-        raise failure(f"can't write {path}: {error.strerror or error}") from error
+        with storage_errors(self._path):
+            self._draft.__exit__()

@@ -25,7 +25,7 @@ from protocol.messages import (
     Welcome,
 )
 from protocol.security import Link
-from protocol.transport import dial_first, receive_dealer
+from protocol.transport import dial_first, end_monitor, monitor_of, receive_dealer
 from protocol.version import SOFTWARE
 
 MAX_MESSAGE_BYTES = MAX_STATUS_BYTES + MAX_HEADER_BYTES
@@ -43,8 +43,7 @@ class Connection:
         self._where = ", ".join(link.addresses)
         self._context = context
         self._socket = socket
-        # An address of its own: the one that pyzmq makes is that of the dial's monitor, which may not be gone yet.
-        self._monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED, f"inproc://{secrets.token_hex(8)}")
+        self._monitor = monitor_of(socket, zmq.EVENT_DISCONNECTED)
         self._outbox: asyncio.Queue[list[Buffer]] = asyncio.Queue(MAX_OUTBOX)
 
     @classmethod
@@ -91,8 +90,7 @@ class Connection:
 
     def close(self) -> None:
         """Hang up; last messages have half a second to leave. Nothing may run any more."""
-        self._socket.disable_monitor()
-        self._monitor.close(linger=0)
+        end_monitor(self._socket, self._monitor)
         self._socket.close(linger=GOODBYE_MS)
         self._context.destroy(linger=GOODBYE_MS)
 

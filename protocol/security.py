@@ -10,7 +10,6 @@ import base64
 import binascii
 import os
 import re
-import secrets
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Final
 import zmq
 from zmq.utils import z85
 
+from protocol.durable_file import Draft
 from protocol.errors import ConfigInvalid, LinkInvalid
 from protocol.gate import Gate
 
@@ -103,17 +103,9 @@ def _read_private(path: Path) -> bytes | None:
 
 def write_private(path: Path, content: bytes) -> None:
     """Write a file that only its owner can read (0600), whole or not at all, making its folder; raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
+    with Draft(path, folder_mode=0o700) as draft:
+        draft.append(content)
+        draft.finish()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

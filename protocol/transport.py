@@ -133,12 +133,18 @@ def _bound(socket: zmq.Socket[Any], max_message_bytes: int, hwm: int) -> None:
 
 
 def monitor_of(socket: S, events: int) -> S:
-    """Return a socket that tells these events of another; end it with `socket.disable_monitor()` and its own `close`.
+    """Return a socket that tells these events of another; end it with `end_monitor`.
 
     Each has an address of its own: the one that pyzmq makes from the descriptor may still be taken, by the monitor
     that this socket had before, or by that of the descriptor's last owner.
     """
     return socket.get_monitor_socket(events, f"inproc://monitor-{next(_monitors)}")
+
+
+def end_monitor(socket: zmq.Socket[Any], monitor: zmq.Socket[Any]) -> None:
+    """End what `monitor_of` began; the socket that was watched stays open."""
+    socket.disable_monitor()
+    monitor.close(linger=0)
 
 
 def _endpoint(socket: zmq.Socket[Any], address: str) -> str:
@@ -291,7 +297,6 @@ class _Attempt:
     def close(self, *, keep: bool) -> None:
         """End the monitor, and the socket unless it is the one to keep."""
         if self.socket is not None and self._monitor is not None:
-            self.socket.disable_monitor()
-            self._monitor.close()
+            end_monitor(self.socket, self._monitor)
         if self.socket is not None and not keep:
             self.socket.close()

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from protocol.durable_file import write_whole
+from protocol.errors import StorageFailed, StorageFull
 from runtime.int4 import Int4Packed, Int4Unpacked, can_pack_int4, pack_int4, unpack_int4
 from runtime.linear import Linear
 from runtime.packed import can_pack_bfloat16, can_view_packed
@@ -79,15 +79,11 @@ def load_or_measure(device: torch.device, path: Path) -> Kernels:
 
 
 def _remember(path: Path, value: object) -> None:
-    """Written atomically; where that is not possible the next start measures again."""
+    """Written whole or not at all; where that is not possible the next start measures again."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(value, file)
-        Path(temporary).replace(path)
-    except OSError as error:
-        _log.warning("can't keep %s: %s", path, error.strerror or error)
+        write_whole(path, json.dumps(value).encode(), is_synced=False)
+    except (StorageFull, StorageFailed) as error:
+        _log.warning("%s; the next start measures the kernels again", error.message)
 
 
 def _capability() -> str:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgpack
 
-from protocol.errors import StorageFull, TileUnavailable
+from protocol.durable_file import AS_UMASK_SAYS, write_whole
+from protocol.errors import StorageFailed, StorageFull, TileUnavailable
 from protocol.schema import pack
 from protocol.tiles import TileEntry, TileId, TileKind
 from runtime.direct import aligned_buffer
@@ -102,12 +102,9 @@ class BlockCache:
     def _remember(self, note: Path, entry: TileEntry) -> None:
         """A note torn by a kill is no digest of a block that is there: the block is then made again."""
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            temporary = note.with_name(f"{note.name}.{os.getpid()}")
-            temporary.write_bytes(entry.digest)
-            temporary.replace(note)
-        except OSError as error:
-            raise StorageFull(f"can't write {note}: {error.strerror or error}", phase="load") from error
+            write_whole(note, entry.digest, is_synced=False, mode=AS_UMASK_SAYS, phase="load")
+        except StorageFailed as error:  # told as the store tells it, whatever keeps the cache from being written
+            raise StorageFull(error.message, phase="load") from error
 
 
 def _entry(op: int, num_bytes: int, digest: bytes) -> TileEntry:

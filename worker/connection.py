@@ -28,7 +28,7 @@ from protocol.messages import (
     Welcome,
 )
 from protocol.security import KeyPair, Link
-from protocol.transport import dial, dial_first, monitor_of, receive_dealer
+from protocol.transport import dial, dial_first, end_monitor, monitor_of, receive_dealer
 from protocol.version import SOFTWARE
 from worker.config import WorkerConfig
 from worker.identity import Home, Identity
@@ -173,6 +173,5 @@ async def _until_broken(socket: zmq.asyncio.Socket, name: str) -> None:
     try:
         await monitor.recv_multipart()
     finally:
-        socket.disable_monitor()
-        monitor.close()
+        end_monitor(socket, monitor)
     raise CoordinatorLost(f"the {name} connection to the coordinator broke", phase="link")

@@ -17,7 +17,7 @@ from protocol.frames import Buffer, decode, encode
 from protocol.ids import WorkerId
 from protocol.messages import ROW_OF, Relay, Step
 from protocol.security import KeyPair
-from protocol.transport import dial, monitor_of
+from protocol.transport import dial, end_monitor, monitor_of
 from worker.sending import MAX_FRAME_BYTES, send_within
 
 RELAY_CODE: Final = ROW_OF[Relay].code
@@ -95,8 +95,7 @@ class CoordinatorLine:
         """End the connection."""
         if self.socket is not None:
             if self._monitor is not None:
-                self.socket.disable_monitor()
-                self._monitor.close()
+                end_monitor(self.socket, self._monitor)
             self.socket.close(linger=200)
         self.socket = self._monitor = self._at = None
 

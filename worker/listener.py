@@ -13,7 +13,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from protocol.frames import Buffer
 from protocol.security import Gate, KeyPair
-from protocol.transport import bind_router, monitor_of, proven_key
+from protocol.transport import bind_router, end_monitor, monitor_of, proven_key
 from worker.sending import DEAF_MOST_MS, MAX_FRAME_BYTES, receive_now, send_now
 from worker.watch import has_message
 
@@ -65,8 +65,7 @@ class Listener:
 
     def close(self) -> None:
         """Close the door and the gate."""
-        self.socket.disable_monitor()
-        self.monitor.close()
+        end_monitor(self.socket, self.monitor)
         self.socket.close(linger=LINGER_MS)
         self._gate.close()
 

@@ -13,7 +13,7 @@ from protocol.frames import encode
 from protocol.ids import WorkerId
 from protocol.messages import LinkMode, LinkOrder, Relay
 from protocol.security import KeyPair
-from protocol.transport import dial, monitor_of
+from protocol.transport import dial, end_monitor, monitor_of
 from worker.coordinator_line import CoordinatorLine
 from worker.sending import DEAF_MOST_MS, MAX_FRAME_BYTES
 
@@ -86,7 +86,6 @@ class Peer:
         """End our own connection to it, if there is one."""
         if self.dealer is not None:
             if self.monitor is not None:
-                self.dealer.disable_monitor()
-                self.monitor.close()
+                end_monitor(self.dealer, self.monitor)
             self.dealer.close(linger=0)
         self.dealer = self.monitor = None

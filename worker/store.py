@@ -11,7 +11,6 @@ share the folder: a tile becomes visible by a rename, whatever is read is checke
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
 import secrets
@@ -21,6 +20,7 @@ from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
+from protocol.durable_file import NO_ROOM
 from protocol.errors import StorageFailed, StorageFull, TileUnavailable
 from protocol.tiles import TileEntry
 from runtime.direct import sha256_of
@@ -31,7 +31,6 @@ try:
 except ImportError:  # Windows: every process then uses part files of its own and keeps no pins
     fcntl = None  # type: ignore[assignment]
 
-NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 PART = ".part"
 READ_BYTES = 1 << 20
 

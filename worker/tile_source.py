@@ -16,7 +16,7 @@ from protocol.frames import Received, decode, encode
 from protocol.ids import WorkerId
 from protocol.messages import Peer, TileRequest
 from protocol.security import KeyPair
-from protocol.transport import dial_first, receive_dealer
+from protocol.transport import dial_first, end_monitor, monitor_of, receive_dealer
 from worker.fetch_sources import PEER_BITE_BYTES
 
 MAX_ADDRESSES: Final = 4  # they share the time that an answer may take
@@ -27,16 +27,12 @@ MAX_ANSWER_BYTES: Final = PEER_BITE_BYTES + 2**16
 class TileLine:
     """A connection that has answered once. Owns its socket."""
 
-    def __init__(self, context: zmq.asyncio.Context, socket: zmq.asyncio.Socket) -> None:
+    def __init__(self, socket: zmq.asyncio.Socket) -> None:
         self._socket = socket
-        self._monitor = context.socket(zmq.PAIR)
-        # A name of its own: the one that pyzmq would choose may still be held by the monitor that saw the dialling.
-        address = f"inproc://tile-line.{secrets.token_hex(8)}"
         try:
-            socket.monitor(address, zmq.EVENT_DISCONNECTED)
-            self._monitor.connect(address)
+            self._monitor = monitor_of(socket, zmq.EVENT_DISCONNECTED)
         except BaseException:
-            self.close()
+            socket.close(linger=0)
             raise
 
     async def send(self, message: object) -> None:
@@ -53,8 +49,7 @@ class TileLine:
 
     def close(self) -> None:
         """Close the connection."""
-        self._socket.disable_monitor()
-        self._monitor.close(linger=0)
+        end_monitor(self._socket, self._monitor)
         self._socket.close(linger=0)
 
 
@@ -93,7 +88,7 @@ class TileDialer:
             raise PeerLost(error.message, phase="fetch") from error
         except zmq.ZMQError as error:  # no descriptor left, for one: this source fails, and the fetch goes on
             raise PeerLost(f"it can't be dialled from here: {error.strerror}", phase="fetch") from error
-        line = TileLine(self._context, socket)
+        line = TileLine(socket)
         try:
             return OpenLine(line, decode(frames))
         except BaseException:

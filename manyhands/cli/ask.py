@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from manyhands.cli.flags import Configuration, print_settings, settings_options
+from manyhands.cli.flags import client_settings, settings_options
 from manyhands.cli.follow import follow, json_text, legs_text, provenance_option, stats_text
 from manyhands.cli.screen import WaitNote, console
 from manyhands.cli.status import show_memory
@@ -35,11 +35,9 @@ def command() -> click.Command:
 
 def run(prompt: str | None, as_json: bool, stats: bool, provenance: bool, **given: Any) -> None:
     """Ask and print; raises what the client raises."""
-    loaded = Configuration(given).load(ClientConfig, "client")
-    if given["print_config"]:
-        print_settings(loaded)
+    config = client_settings(given)
+    if config is None:
         return
-    config = loaded.config
     config.options()
     asyncio.run(_ask(config, _prompt(prompt), as_json=as_json, stats=stats, provenance=provenance))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from manyhands.cli.flags import Configuration, print_settings, settings_options
+from manyhands.cli.flags import client_settings, settings_options
 from manyhands.cli.follow import follow, legs_text, provenance_option
 from manyhands.cli.screen import WaitNote, console
 from manyhands.client import AsyncClient
@@ -38,18 +38,17 @@ def command() -> click.Command:
 
 def run(system: str | None, provenance: bool, **given: Any) -> None:
     """Read lines and answer them until the end of input; raises what the client raises before the first line."""
-    loaded = Configuration(given).load(ClientConfig, "client")
-    if given["print_config"]:
-        print_settings(loaded)
+    config = client_settings(given)
+    if config is None:
         return
-    loaded.config.options()
+    config.options()
     with contextlib.suppress(ImportError):  # line editing and history, where Python was built with it
         import readline  # noqa: F401
     with asyncio.Runner() as runner:
-        client = runner.run(_greet(loaded.config))
+        client = runner.run(_greet(config))
         try:
             beginning = [{"role": "system", "content": system}] if system else []
-            _talk(runner, client, loaded.config, beginning, provenance=provenance)
+            _talk(runner, client, config, beginning, provenance=provenance)
         finally:
             runner.run(client.close())
 

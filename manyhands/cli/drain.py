@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from manyhands.cli.flags import Configuration, print_settings, settings_options
+from manyhands.cli.flags import client_settings, settings_options
 from manyhands.cli.news import LoadMeter, new_events
 from manyhands.cli.screen import WaitNote
 from manyhands.cli.status import SAMPLING
@@ -43,11 +43,10 @@ def run(worker: str, **given: Any) -> None:
 
     Raises what the client raises, PlanImpossible when it can't be spared, DeadlineExceeded when nothing moves.
     """
-    loaded = Configuration(given).load(ClientConfig, "client")
-    if given["print_config"]:
-        print_settings(loaded)
+    config = client_settings(given)
+    if config is None:
         return
-    with Client(loaded.config.link or None, loaded.config.timeout_s) as client, WaitNote() as note:
+    with Client(config.link or None, config.timeout_s) as client, WaitNote() as note:
         before = client.status()
         client.drain(worker)
         _watch(client, worker, before, note)

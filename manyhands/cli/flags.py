@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 
 import click
 
+from manyhands.config import ClientConfig
 from manyhands.home import config_file
 from protocol.settings import Loaded, describe, load, render
 
@@ -76,6 +77,16 @@ class Configuration:
         if isinstance(value, tuple):
             return list(value) or None
         return value
+
+
+def client_settings(given: Given) -> ClientConfig | None:
+    """Return a client's settings, or None when they were only to be shown, which is done. Raises ConfigInvalid."""
+    configuration = Configuration(given)
+    loaded = configuration.load(ClientConfig, "client")
+    if configuration.wants_print:
+        print_settings(loaded)
+        return None
+    return loaded.config
 
 
 def print_settings(*loaded: Loaded[Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from manyhands.cli.flags import Configuration, print_settings, settings_options
+from manyhands.cli.flags import client_settings, settings_options
 from manyhands.cli.status import SAMPLING
 from manyhands.config import ClientConfig
 from manyhands.sync import Client
@@ -28,9 +28,8 @@ def command() -> click.Command:
 
 def run(trusted: bool, **given: Any) -> None:
     """Print the link; raises what the client raises."""
-    loaded = Configuration(given).load(ClientConfig, "client")
-    if given["print_config"]:
-        print_settings(loaded)
+    config = client_settings(given)
+    if config is None:
         return
-    with Client(loaded.config.link or None, loaded.config.timeout_s) as client:
+    with Client(config.link or None, config.timeout_s) as client:
         click.echo(client.invite(trusted))

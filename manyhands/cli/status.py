@@ -12,7 +12,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from manyhands.cli.flags import Configuration, print_settings, settings_options
+from manyhands.cli.flags import client_settings, settings_options
 from manyhands.cli.screen import console, table
 from manyhands.cli.tables import (
     MEMORY_HEADINGS,
@@ -45,11 +45,10 @@ def command() -> click.Command:
 
 def run(as_json: bool, **given: Any) -> None:
     """Print the status; raises what the client raises."""
-    loaded = Configuration(given).load(ClientConfig, "client")
-    if given["print_config"]:
-        print_settings(loaded)
+    config = client_settings(given)
+    if config is None:
         return
-    with Client(loaded.config.link or None, loaded.config.timeout_s) as client:
+    with Client(config.link or None, config.timeout_s) as client:
         status = client.status()
     if as_json:
         click.echo(json.dumps(status, ensure_ascii=False, indent=2))

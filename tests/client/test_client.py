@@ -247,6 +247,14 @@ async def read_until(stream: AsyncGenerationStream, text: str) -> None:
         said += (await anext(stream)).text
 
 
+async def half_told(fake: FakeCoordinator, client: AsyncClient) -> AsyncGenerationStream:
+    """Return a stream that has said "he" and goes on waiting."""
+    fake.on_generate = begin("he")
+    stream = await client.generate("hi", stream=True)
+    await read_until(stream, "he")
+    return stream
+
+
 async def close_noticed(fake: FakeCoordinator, client: AsyncClient) -> None:
     """End the coordinator and wait until the client has noticed."""
     assert client._line is not None
@@ -264,9 +272,8 @@ async def close_noticed(fake: FakeCoordinator, client: AsyncClient) -> None:
 
 def test_a_stream_goes_on_over_a_restart() -> None:
     async def scene(fake: FakeCoordinator, client: AsyncClient) -> None:
-        fake.on_generate, fake.on_resume = begin("he"), go_on("hello")
-        stream = await client.generate("hi", stream=True)
-        await read_until(stream, "he")
+        fake.on_resume = go_on("hello")
+        stream = await half_told(fake, client)
         await close_noticed(fake, client)
         assert "reconnecting" in stream.waits_for
         fake.start()
@@ -309,9 +316,7 @@ def test_what_was_never_heard_of_is_asked_again() -> None:
 
 def test_what_had_begun_and_is_not_known_any_more_fails() -> None:
     async def scene(fake: FakeCoordinator, client: AsyncClient) -> None:
-        fake.on_generate = begin("he")
-        stream = await client.generate("hi", stream=True)
-        await read_until(stream, "he")
+        stream = await half_told(fake, client)
         await fake.close()
         fake.start()
         with pytest.raises(RequestUnknown, match="never heard of it"):
@@ -322,9 +327,8 @@ def test_what_had_begun_and_is_not_known_any_more_fails() -> None:
 
 def test_requests_made_while_there_is_no_connection_wait_for_it() -> None:
     async def scene(fake: FakeCoordinator, client: AsyncClient) -> None:
-        fake.on_generate, fake.on_resume = begin("he"), go_on("hello")
-        stream = await client.generate("hi", stream=True)
-        await read_until(stream, "he")
+        fake.on_resume = go_on("hello")
+        stream = await half_told(fake, client)
         await close_noticed(fake, client)
         assert "reconnecting" in stream.waits_for
         second = await client.generate("ho", stream=True)
@@ -358,9 +362,7 @@ def test_leaving_while_there_is_no_connection_cancels_on_the_next_one() -> None:
 
 def test_nobody_coming_back_ends_the_requests_with_the_addresses() -> None:
     async def scene(fake: FakeCoordinator, client: AsyncClient) -> None:
-        fake.on_generate = begin("he")
-        stream = await client.generate("hi", stream=True)
-        await read_until(stream, "he")
+        stream = await half_told(fake, client)
         await fake.close()
         with pytest.raises(CoordinatorLost, match=r"127\.0\.0\.1"):
             await anext(stream)
@@ -373,9 +375,7 @@ def test_nobody_coming_back_ends_the_requests_with_the_addresses() -> None:
 
 def test_a_key_that_is_refused_on_the_way_back_ends_the_requests() -> None:
     async def scene(fake: FakeCoordinator, client: AsyncClient) -> None:
-        fake.on_generate = begin("he")
-        stream = await client.generate("hi", stream=True)
-        await read_until(stream, "he")
+        stream = await half_told(fake, client)
         await fake.close()
         fake.client_keys = KeyPair.generate()
         fake.start()
@@ -400,9 +400,7 @@ def test_a_coordinator_that_never_says_a_word_about_a_request_again_is_given_up(
 
 def test_closing_the_client_while_there_is_no_connection_is_no_wait() -> None:
     async def scene(fake: FakeCoordinator, client: AsyncClient) -> None:
-        fake.on_generate = begin("he")
-        stream = await client.generate("hi", stream=True)
-        await read_until(stream, "he")
+        stream = await half_told(fake, client)
         await close_noticed(fake, client)
         assert "reconnecting" in stream.waits_for
         reading = asyncio.create_task(stream.next_piece())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -19,7 +20,7 @@ from hf_folders import FAMILIES, save_model
 from coordinator.catalogue import Catalogue
 from coordinator.checkpoint import Checkpoint
 from coordinator.hf_config import read_hf_config
-from protocol.errors import CheckpointInvalid, FrameMalformed, TileUnavailable
+from protocol.errors import CheckpointInvalid, FrameMalformed, StorageFull, TileUnavailable
 from protocol.specs import ActivationFormat, ModelSpec, WeightFormat
 from protocol.tiles import TileId, TileKind, all_tiles, tile_parts, tile_slices
 
@@ -297,3 +298,21 @@ def test_a_quantised_tile_altered_on_disk_is_told(tmp_path: Path) -> None:
         first = next(iter(catalogue.entries.values()))
         with pytest.raises(CheckpointInvalid, match="altered"):
             catalogue.read(first.digest, 0, 1)
+
+
+def test_a_disk_that_is_full_of_quantised_tiles_is_told_and_left_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "num_attention_heads": 4}
+    save_model(folder, "llama", torch.float32, **sizes, num_key_value_heads=2)
+    spec = read_hf_config(folder, weights=WeightFormat.INT8).spec
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageFull, match="No space left") as caught:
+        Catalogue.build(folder, spec, tmp_path / "cache")
+    assert str(tmp_path / "cache") in caught.value.message
+    assert not list((tmp_path / "cache").iterdir())

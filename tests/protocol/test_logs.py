@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator
 
 import pytest
 
@@ -15,16 +14,6 @@ from protocol.security import KeyPair, Link
 TOKEN = KeyPair.generate()
 LINK = Link(role="join", addresses=("a:1",), server_key=KeyPair.generate().public, secret=TOKEN.secret).format()
 SECRET = LINK.rpartition(".")[2]
-
-
-@pytest.fixture(autouse=True)
-def same_logging_afterwards() -> Iterator[None]:
-    """Undo what the tests do to the root logger."""
-    root = logging.getLogger()
-    before, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = before
-    root.setLevel(level)
 
 
 def log_all(as_json: bool) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import enum
 import errno
-import logging
 import re
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -313,16 +312,6 @@ def test_a_field_of_an_impossible_kind_is_a_bug() -> None:
 
 
 # ---------------------------------------------------------------- the plain front
-
-
-@pytest.fixture(autouse=True)
-def same_logging_afterwards() -> Iterator[None]:
-    """Undo what `run_main` does to the root logger."""
-    root = logging.getLogger()
-    before, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = before
-    root.setLevel(level)
 
 
 def run_with(argv: list[str], run: Callable[[WorkerConfig], int] = lambda config: 0) -> int:

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiles_of import Crew, expected, make_model, shares, spec_of, whole
+from random_models import expected
+from tiles_of import Crew, make_model, shares, spec_of, whole
 
 from protocol.batches import SessionRows
 from protocol.ids import SessionId
 from protocol.specs import ActivationFormat
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 NUM_TOKENS = 32
 PROMPT = [(11 * i * i + 7 * i + 2) % 131 for i in range(19)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("family", ["llama3-gqa", "llama3-tied", "llama-biased", "mistral-window", "qwen2", "qwen3"])

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiles_of import FAMILIES, Crew, expected, make_model, shares, spec_of, whole
+from random_models import expected
+from tiles_of import FAMILIES, Crew, make_model, shares, spec_of, whole
 
 from protocol.batches import SessionRows
 from protocol.ids import SessionId
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 NUM_TOKENS = 64
 PROMPT = [(17 * i * i + 5 * i + 3) % 131 for i in range(21)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def assert_same(found, wanted, tolerance=1e-4):

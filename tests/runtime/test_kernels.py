@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,16 @@ def test_a_damaged_or_foreign_file_is_measured_again(
     monkeypatch.setattr(kernels, "measure", lambda device: Kernels(int4_few_rows=3))
     assert load_or_measure(CPU, path) == Kernels(int4_few_rows=3)
     assert json.loads(path.read_text())["kernels"]["int4_few_rows"] == 3
+
+
+def test_a_choice_that_cannot_be_kept_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    monkeypatch.setattr(kernels, "measure", lambda device: Kernels(int4_few_rows=3))
+    with caplog.at_level(logging.WARNING):
+        assert load_or_measure(CPU, tmp_path / "cache" / "kernels.json") == Kernels(int4_few_rows=3)
+    assert "measures the kernels again" in caplog.text
 
 
 def test_a_kernel_that_saturates_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiles_of import CPU, SMALL, make_model, spec_of
+from random_models import SMALL
+from tiles_of import CPU, make_model, spec_of
 
 from protocol.batches import SessionRows
 from protocol.errors import Overloaded, SessionLost, StepFailed

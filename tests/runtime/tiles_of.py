@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from random_models import random_model
 from torch import Tensor
 
 from coordinator import tile_cutter
@@ -32,53 +32,28 @@ from runtime.windowed import BlockFiles, BlockOrder
 CPU = torch.device("cpu")
 GREEDY = Sampling()
 
-SMALL = {
-    "vocab_size": 131,
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 160,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.15,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
+ALIKE: dict[str, Any] = {"max_position_embeddings": 512, "initializer_range": 0.15}
+# What each of our names stands for: a family, and in what it differs from the family's small model.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama2-mha": ("Llama", {"num_key_value_heads": 4}),
-    "llama3-gqa": ("Llama", {"rope_parameters": LLAMA3_ROPE, "num_attention_heads": 8}),
-    "llama3-tied": ("Llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
-    "llama-linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}}),
-    "llama-biased": ("Llama", {"attention_bias": True, "mlp_bias": True}),
-    "mistral-window": ("Mistral", {"sliding_window": 9, "head_dim": 16}),
-    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
-    "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
-    "qwen3": ("Qwen3", {"head_dim": 24}),
+    "llama2-mha": ("llama2", {}),
+    "llama3-gqa": ("llama3", {}),
+    "llama3-tied": ("llama3", {"num_attention_heads": 4, "tie_word_embeddings": True}),
+    "llama-linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}}),
+    "llama-biased": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "mistral-window": ("mistral", {"sliding_window": 9}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-window": (
+        "qwen2",
+        {"tie_word_embeddings": False, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    ),
+    "qwen3": ("qwen3", {}),
 }
 
 
-def make_model(family: str, **changes: Any) -> Any:
-    """Return a random model in eval mode; biases and norms are random too, so that a forgotten one shows."""
-    kind, own = FAMILIES[family]
-    config = getattr(transformers, f"{kind}Config")(**{**SMALL, "tie_word_embeddings": False, **own, **changes})
-    torch.manual_seed(7)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith("bias"):
-                weight.normal_(0, 0.3)
-            elif "norm" in name:
-                weight.uniform_(0.5, 1.5)
-    return model
+def make_model(name: str, **changes: Any) -> Any:
+    """Return a random model in eval mode."""
+    family, own = FAMILIES[name]
+    return random_model(family, **{**ALIKE, **own, **changes})
 
 
 def spec_of(model: Any, activations: ActivationFormat = ActivationFormat.FLOAT32) -> ModelSpec:
@@ -344,16 +319,3 @@ def run_stage(spec: ModelSpec, members: Sequence[StageModel], hidden: Tensor, ro
     if not all(isinstance(result, Tensor) and torch.equal(result, results[0]) for result in results):
         raise AssertionError(f"members differ: {results}")
     return results[0]
-
-
-def expected(model: Any, prompt: Sequence[int], count: int) -> tuple[list[int], list[Tensor]]:
-    """Return what transformers generates greedily, and its fp32 logits at each position."""
-    out = model.generate(
-        torch.tensor([list(prompt)]),
-        attention_mask=torch.ones((1, len(prompt)), dtype=torch.int64),
-        max_new_tokens=count,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    return out.sequences[0, len(prompt) :].tolist(), [step[0].float() for step in out.logits]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
 import json
 import logging
@@ -15,7 +16,8 @@ from pathlib import Path
 import pytest
 from tiny_cluster import SPEC, TinyCluster, entry_of, make_tiles, plan_of, put
 
-from protocol.errors import BudgetTooSmall, TileUnavailable
+from protocol.durable_file import Draft
+from protocol.errors import BudgetTooSmall, StorageFull, TileUnavailable
 from protocol.ids import WorkerId
 from protocol.specs import Span
 from protocol.tiles import HEAD_LAYER, TileId, TileKind
@@ -87,6 +89,23 @@ def test_the_note_of_a_block_may_be_torn(tmp_path: Path) -> None:
     note.write_bytes(note.read_bytes()[:7])
     assert cache.path_of(1, 8, lambda buffer: None).read_bytes() == bytes(8)
     assert len(note.read_bytes()) == 32
+    store.close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_a_note_that_cannot_be_written_ends_the_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    store, cache, _ = cache_in(tmp_path)
+
+    def failing(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Draft, "append", failing)
+    with pytest.raises(StorageFull, match=os.strerror(number)) as caught:
+        cache.path_of(1, 8, lambda buffer: None)
+    assert str(tmp_path / "blocks") in caught.value.message and caught.value.phase == "load"
+    assert not list((tmp_path / "blocks").iterdir())
     store.close()
 
 

@@ -1,0 +1,1 @@
+"""How the embedded model was made; see `train.py` one folder up."""
