@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import torch
 
 from protocol.errors import CoordinatorLost, InvariantBroken, ManyhandsError, PeerLost, TileUnavailable
-from protocol.frames import Buffer
-from protocol.ids import SessionId, WorkerId
-from protocol.messages import Activation, KvRows, Step
+from protocol.ids import SessionId
+from protocol.messages import Activation, Step
 from protocol.plans import Plan
 from runtime.shelf import BlockShelf
 from runtime.stream import StreamCounts
@@ -36,13 +34,11 @@ from worker.commands import (
     Rest,
     TilesSpoiled,
 )
-from worker.doors import Doors, Unread
-from worker.due import Due
 from worker.forming import Bench, ExecutorSettings, Forming, LoadCount
 from worker.kv_shelf import KvShelf
-from worker.kv_traffic import KvTraffic
 from worker.links import COORDINATOR, Links
 from worker.loading import WorkerPart
+from worker.post import DataPost, Superseded
 from worker.spool import Spool
 from worker.star import Star
 from worker.steps import Parts, StepRunner, Work
@@ -50,12 +46,7 @@ from worker.store import TileStore
 from worker.wire import Arrival
 
 IDLE_S: Final = 1.0
-MAX_INBOX: Final = 1024
 _log = logging.getLogger(__name__)
-
-
-class _Superseded(Exception):
-    """A command waits that ends what is under way."""
 
 
 class Executor:
@@ -71,7 +62,6 @@ class Executor:
     ) -> None:
         """`report` is called in the compute thread; it takes links and spool over and closes them at the end."""
         self._links = links
-        self.doors: Callable[[], Doors | None] = links.doors
         self._report = report
         self._settings = settings
         self._count = LoadCount()
@@ -81,16 +71,15 @@ class Executor:
         self._commands: deque[Command] = deque()
         self._lock = threading.Lock()
         self._num_urgent = 0
+        self._post = DataPost(links, lambda: self._num_urgent > 0)
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
         self._own = COORDINATOR
         self._nonce = ""  # of the connection that the data connection belongs to
         self._plan: Plan | None = None
         self._forming: Forming | None = None
-        self._traffic: KvTraffic | None = None
         self._runner: StepRunner | None = None
         self._star: Star | None = None
         self._held: WorkerPart | None = None
-        self._inbox: deque[Arrival] = deque()
         self._failed_epoch = 0
         self._weight_bytes = 0
 
@@ -145,49 +134,6 @@ class Executor:
         """Bytes reserved for KV caches."""
         return self._kv.reserved_bytes
 
-    # ------------------------------------------------------------ Post, for the star and the steps
-
-    def send(self, targets: Sequence[WorkerId], message: object, payload: Buffer) -> None:
-        """Send to neighbours."""
-        self._links.send(targets, message, payload)
-
-    def send_up(self, message: object) -> None:
-        """Send to the coordinator."""
-        self._links.send_up(message)
-
-    def give_way(self) -> None:
-        """End what is under way when a command waits that is about another epoch."""
-        if self._num_urgent:
-            raise _Superseded
-
-    def collect(self, due: Due, timeout_s: float, unread: Unread | None = None) -> Arrival | None:
-        """Wait for what is due; a `Partial` or `Sum` that is not is returned, what else arrives waits for its turn.
-
-        `unread`: a message that came by a short way and is taken in first.
-        """
-        missing, deadline = len(due.headers), time.monotonic() + timeout_s
-        while due.headers:
-            # What has come is taken before way is given: the sum that ends a step is worth the step.
-            arrival = self._receive(0 if self._num_urgent else deadline - time.monotonic(), unread)
-            unread = None
-            if arrival is not None and not isinstance(arrival.message, bytes):
-                self._keep(arrival)
-            elif arrival is not None and not due.take(arrival):
-                return arrival
-            elif arrival is None and due.headers:
-                self.give_way()
-            if len(due.headers) < missing:
-                missing, deadline = len(due.headers), time.monotonic() + timeout_s
-            elif time.monotonic() >= deadline:
-                break
-        return None
-
-    def hear(self) -> None:
-        """Take a message that came while this loads."""
-        self.give_way()
-        if (arrival := self._receive(0)) is not None:
-            self._keep(arrival)
-
     # ------------------------------------------------------------ the thread
 
     def _run(self) -> None:
@@ -197,7 +143,7 @@ class Executor:
                 if not self._obey():
                     break
                 self._work()
-            except _Superseded:
+            except Superseded:
                 continue
             except ManyhandsError as error:
                 self._fail(error)
@@ -211,13 +157,13 @@ class Executor:
     def _work(self) -> None:
         """Take one message, if one comes, and go on with the plan that is being loaded."""
         forming = self._forming
-        arrival = self._inbox.popleft() if self._inbox else self._receive(IDLE_S if forming is None else forming.wait_s)
+        arrival = self._post.next(IDLE_S if forming is None else forming.wait_s)
         if arrival is not None:
             self._take(arrival)
         if forming is not None:
             self._form(forming)
-        elif self._traffic is not None:
-            self._traffic.push()
+        elif self._post.traffic is not None:
+            self._post.traffic.push()
 
     def _obey(self) -> bool:
         """Carry out the commands that wait; False at `Stop`."""
@@ -234,8 +180,8 @@ class Executor:
                     self._let_go()
                     self._plan = plan
                     self._links.begin(plan.epoch, orders)
-                    self._forming = Forming(command, self._own, self._bench, self)
-                    self._traffic = self._forming.traffic
+                    self._forming = Forming(command, self._own, self._bench, self._post)
+                    self._post.traffic = self._forming.traffic
                 case LoadTiles(epoch=epoch, entries=entries):
                     if self._forming is not None and self._forming.plan.epoch == epoch:
                         self._forming.tiles_are_here(entries)
@@ -262,29 +208,6 @@ class Executor:
             case _:
                 raise InvariantBroken(f"{arrival.sender} sent a part or a sum outside of a step", node=arrival.sender)
 
-    def _receive(self, timeout_s: float, unread: Unread | None = None) -> Arrival | None:
-        """Return the next message; keys and values are taken at once, whatever is under way."""
-        try:
-            if unread is not None:
-                self._links.read(unread)
-            arrival = self._links.receive(timeout_s)
-        except PeerLost as error:
-            if self._traffic is None or error.node in self._traffic.neighbours:
-                raise
-            self._links.forget(WorkerId(error.node))
-            self._traffic.lost(WorkerId(error.node))
-            return None
-        if arrival is None or not isinstance(arrival.message, KvRows):
-            return arrival
-        if self._traffic is not None:
-            self._traffic.take(arrival)
-        return None
-
-    def _keep(self, arrival: Arrival) -> None:
-        if len(self._inbox) >= MAX_INBOX:
-            raise InvariantBroken(f"{MAX_INBOX} messages wait to be computed", node=arrival.sender)
-        self._inbox.append(arrival)
-
     def _form(self, forming: Forming) -> None:
         """Go on with a plan that is not ready; once it is, steps may come."""
         try:
@@ -304,16 +227,16 @@ class Executor:
     def _runner_of(self, plan: Plan, held: WorkerPart) -> StepRunner:
         stage, settings = held.part.stage, self._settings
         self._star = (
-            Star(plan, self._own, self, settings.device, settings.step_timeout_s) if stage is not None else None
+            Star(plan, self._own, self._post, settings.device, settings.step_timeout_s) if stage is not None else None
         )
         parts = Parts(stage=stage, star=self._star, head=held.part.head, device=settings.device)
-        return StepRunner(plan, self._own, parts, self)
+        return StepRunner(plan, self._own, parts, self._post)
 
     def _fail(self, error: ManyhandsError) -> None:
         """Report, and wait for the coordinator's word. The links stay: a break would hide the cause from the others."""
         epoch = self._plan.epoch if self._plan is not None else 0
-        self._forming = self._runner = self._traffic = None
-        self._inbox.clear()
+        self._forming = self._runner = None
+        self._post.clear()
         if isinstance(error, CoordinatorLost):  # one connection in three parts: the control side dials them all anew
             self._report(LineBroke(nonce=self._nonce, error=error))
             return
@@ -328,8 +251,8 @@ class Executor:
 
     def _rest(self) -> None:
         """End the epoch; what was loaded and computed stays for the next."""
-        self._plan = self._forming = self._runner = self._traffic = None
-        self._inbox.clear()
+        self._plan = self._forming = self._runner = None
+        self._post.clear()
         self._links.end()
 
     def _drop(self) -> None:

@@ -87,8 +87,9 @@ def test_the_log_is_computed_again_under_a_plan_that_ended_a_step(
     cluster.form(both)
     log = cluster.go_on(both, PROMPT, 5, capacity=40)
     withheld = threading.Event()
-    monkeypatch.setattr(cluster.hands["b"].executor, "doors", lambda: None)
-    monkeypatch.setattr(cluster.hands["b"].executor, "send", lambda *_: withheld.set())
+    post = cluster.hands["b"].executor._post
+    monkeypatch.setattr(post, "doors", lambda: None)
+    monkeypatch.setattr(post, "send", lambda *_: withheld.set())
     cluster.step(both, 9, [SessionRows(session=SessionId(1), start=len(log) - 1, count=1, capacity=40)], log[-1:])
     cluster.pump(withheld.is_set)
     cluster.form(alone)
