@@ -212,6 +212,7 @@ def test_chat_goes_on_after_an_error(fake: FakeCoordinator, monkeypatch: pytest.
     assert err.startswith("error: gone")
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_stops_the_answer_and_the_talk_goes_on(
     fake: FakeCoordinator, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
@@ -226,6 +227,7 @@ def test_ctrl_c_stops_the_answer_and_the_talk_goes_on(
     fake.wait_until(lambda: len(fake.of(Cancel)) == 1)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_ask(fake: FakeCoordinator) -> None:
     def interrupt(fake: FakeCoordinator, to: bytes, message: Any, payload: bytes) -> None:
         begin("he")(fake, to, message, payload)

@@ -71,6 +71,7 @@ def read_until(lines: Iterator[str], pattern: str) -> str:
     raise AssertionError(f"{pattern!r} never came: {''.join(read)}")
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_up_join_and_ask(environ: dict[str, str]) -> None:
     up = subprocess.Popen(
         [*MANYHANDS, "up", "demo", "--port", "0", "--plan", "1/1", "--worker-name", "here", "--worker-threads", "1"],

@@ -183,7 +183,7 @@ class Run:
 
     def __init__(self, house: ChurnHouse, scenario: Scenario, orders: list[Order]) -> None:
         self._house, self._scenario, self._orders = house, scenario, orders
-        self._pieces = 0  # of the first stream
+        self._num_tokens = 0  # of the first stream; how many come in one piece depends on who is busy
         self._epoch = 0
         self._changed = asyncio.Condition()
         self._asked, self._over = asyncio.Event(), asyncio.Event()
@@ -220,7 +220,7 @@ class Run:
         async for piece in stream:
             token_ids += piece.token_ids
             if is_first:
-                self._pieces += 1
+                self._num_tokens = len(token_ids)
                 await self._wake()
         assert tuple(token_ids) == stream.result.token_ids
         return Answer(stream.result.token_ids, stream.result.text)
@@ -233,10 +233,9 @@ class Run:
                 if trouble.moment in (Moment.LOAD, Moment.RECOVERY):
                     await self._until_dealt_with(client, self._epoch)
                 else:
-                    async with self._changed:
-                        await self._changed.wait_for(lambda: self._pieces >= trouble.pieces or self._over.is_set())
-                await asyncio.sleep(trouble.jitter_s)
-                if self._over.is_set() and trouble.moment is not Moment.DECODE:
+                    await self._until_it_has(trouble.tokens)
+                await self._a_little_later(trouble)
+                if self._over.is_set() and trouble.moment in (Moment.LOAD, Moment.RECOVERY):
                     return
                 epoch = await _epoch(client)
                 await asyncio.to_thread(self._house.hurt, trouble)
@@ -246,6 +245,17 @@ class Run:
                 await asyncio.to_thread(self._house.relieve, trouble)
         finally:
             done.set()
+
+    async def _until_it_has(self, num_tokens: int) -> None:
+        """Wait until the first stream has brought so many tokens, or all is over."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._num_tokens >= num_tokens or self._over.is_set())
+
+    async def _a_little_later(self, trouble: Trouble) -> None:
+        """Let the jitter pass, but not the moment: a fast machine may be through with it before."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(trouble.jitter_s):
+                await self._until_it_has(trouble.last_tokens)
 
     async def _while_it_lasts(self, trouble: Trouble, client: AsyncClient, epoch: int) -> None:
         match trouble.until:

@@ -5,6 +5,7 @@ Knows nothing of processes. The same seed always gives the same scenario, whatev
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 from enum import StrEnum
@@ -13,6 +14,7 @@ PLANS = ("1,1,1", "1/1/1", "1,1/1")
 MODELS = ("random", "demo")
 NUM_ORDERS = 5  # streams to choose from, the same number for each model
 LONG_ORDERS = (2, 4)  # whose prompts take several steps
+FEWEST_TOKENS = 12  # that any of them brings
 HEAD = "worker-1"
 WORKERS = (HEAD, "worker-2", "worker-3")
 COORDINATOR = "coordinator"
@@ -61,13 +63,16 @@ class Until(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trouble:
-    """One thing that goes wrong. `pieces`: how many the first stream has brought before; `jitter_s`: a little later."""
+    """One thing that goes wrong.
+
+    `tokens`: how many the first stream has brought before; `jitter_s`: a little later, but before it has `last_tokens`.
+    """
 
     moment: Moment
     harm: Harm
     victim: str
     line: Line | None
-    pieces: int
+    tokens: int
     jitter_s: float
     until: Until
 
@@ -75,9 +80,15 @@ class Trouble:
         """Say it in words."""
         line = f" line {self.line}" if self.line else ""
         return (
-            f"{self.moment}: {self.harm} {self.victim}{line} after {self.pieces} pieces "
+            f"{self.moment}: {self.harm} {self.victim}{line} after {self.tokens} tokens "
             f"+ {1e3 * self.jitter_s:.0f} ms until {self.until}"
         )
+
+    @property
+    def last_tokens(self) -> float:
+        """When the moment is over, however fast the machine, in tokens of the first stream."""
+        ends = {Moment.PREFILL: 1, Moment.DECODE: self.tokens, Moment.ALLREDUCE: FEWEST_TOKENS - 1}
+        return ends.get(self.moment, math.inf)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,9 +140,11 @@ def _trouble(dice: random.Random, moment: Moment) -> Trouble:
         victim = COORDINATOR if dice.random() < 0.12 else dice.choice(WORKERS)
     else:
         victim, line = dice.choice(LINES)
-    jitter_s = {Moment.DECODE: 0.0, Moment.ALLREDUCE: dice.uniform(0.0, 0.03)}.get(moment, dice.uniform(0.0, 0.4))
+    allreduce_s, other_s = dice.uniform(0.0, 0.03), dice.uniform(0.0, 0.4)
+    # A prompt takes some 0.1 s.
+    jitter_s = {Moment.DECODE: 0.0, Moment.ALLREDUCE: allreduce_s, Moment.PREFILL: other_s / 4}.get(moment, other_s)
     until = dice.choice(list(Until))
     if victim in (HEAD, COORDINATOR) and until is Until.THE_END and harm is not Harm.SLOW:
         until = Until.NOTICED  # without these nothing goes on
-    pieces = dice.randint(1, 8) if moment in (Moment.DECODE, Moment.ALLREDUCE) else 0
-    return Trouble(moment=moment, harm=harm, victim=victim, line=line, pieces=pieces, jitter_s=jitter_s, until=until)
+    tokens = dice.randint(1, 8) if moment in (Moment.DECODE, Moment.ALLREDUCE) else 0
+    return Trouble(moment=moment, harm=harm, victim=victim, line=line, tokens=tokens, jitter_s=jitter_s, until=until)

@@ -8,6 +8,8 @@ import pytest
 from checkpoints import ids, make_checkpoint
 from house import House, worker_of
 
+from manyhands.connection import Status
+
 pytestmark = pytest.mark.processes
 NUM_TOKENS = 24
 BEFORE = 8  # tokens that come while both are here
@@ -21,6 +23,10 @@ SHAPE = {
     "initializer_range": 0.08,
 }
 PLACES = {"kv_positions": "2048"}
+
+
+def is_told_of_streaming(status: Status) -> bool:
+    return len(status["workers"]) == 1 and worker_of(status, "worker-1")["streamed_bytes_per_step"] > 0
 
 
 def test_a_survivor_streams_what_it_can_not_hold(tmp_path: Path) -> None:
@@ -50,8 +56,8 @@ def test_a_survivor_streams_what_it_can_not_hold(tmp_path: Path) -> None:
                     house.kill("worker-2")
                     del house.workers["worker-2"]
         assert tuple(tokens) == expected
-        survivor = worker_of(house.until(lambda status: len(status["workers"]) == 1), "worker-1")
+        # What it read and held under its last plan comes with its next beat; the answer may be quicker.
+        survivor = worker_of(house.until(is_told_of_streaming), "worker-1")
         assert survivor["window_bytes"] > 0
         assert survivor["pinned_bytes"] < whole_bytes
         assert survivor["peak_bytes"] <= 1.05 * survivor["budget_bytes"]  # what fetching leaves behind is not counted
-        assert survivor["streamed_bytes_per_step"] > 0

@@ -16,7 +16,7 @@ import pytest
 import transformers
 from checkpoints import PROMPTS, Checkpoint, ids, make_checkpoint
 from churn import Answer, ChurnHouse, Order, Run
-from scenario import MODELS, PLANS, Scenario, scenario_of
+from scenario import FEWEST_TOKENS, MODELS, PLANS, Moment, Scenario, scenario_of
 from wires import Wires
 
 from benchmarks.nursery import Nursery
@@ -137,6 +137,12 @@ def test_no_greedy_choice_is_so_close_that_equality_would_be_luck(stage: Stage) 
             prompt, options = ORDERS[name][order]
             prompt_ids = tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt
             assert len(checkpoint.tokens(prompt_ids, options["max_tokens"])) == options["max_tokens"]
+
+
+def test_trouble_comes_while_the_first_stream_runs_however_fast_it_is() -> None:
+    assert min(options["max_tokens"] for orders in ORDERS.values() for _, options in orders) == FEWEST_TOKENS
+    for trouble in (scenario_of(seed).troubles[0] for seed in range(500)):
+        assert trouble.last_tokens < FEWEST_TOKENS or trouble.moment is Moment.LOAD
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda one: f"seed-{one.seed}")
