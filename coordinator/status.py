@@ -173,7 +173,9 @@ def _memory(beat: Heartbeat, loaded: Loaded) -> dict[str, Any]:
         "steps": beat.steps,
         "streamed_bytes_per_step": round(_ratio(beat.streamed_bytes, beat.steps)),
         "disk_bytes_per_s": round(_ratio(beat.streamed_bytes, beat.streaming_s)),
+        "step_s": round(_ratio(beat.computing_s, beat.steps), 6),
         "stalled_share": round(min(1.0, _ratio(beat.stalled_s, beat.computing_s)), 4),
+        "sums_share": round(min(1.0, _ratio(beat.sums_s, beat.computing_s)), 4),
     }
 
 

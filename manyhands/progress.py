@@ -20,7 +20,9 @@ IDLE_KEYS = frozenset(
         "peak_bytes",
         "streamed_bytes_per_step",
         "disk_bytes_per_s",
+        "step_s",
         "stalled_share",
+        "sums_share",
         "state",
     }
 )

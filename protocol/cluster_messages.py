@@ -157,6 +157,7 @@ class Heartbeat:
     computing_s: Seconds = 0.0  # time the compute thread spent on steps, waiting included
     steps: Count = 0  # computed under this plan
     paused: Text = ""  # why its owner does not want it to compute now; empty: it may
+    sums_s: Seconds = 0.0  # time of computing_s spent on sums with other members, waiting for them included
 
 
 @message(8, C, {W, H})

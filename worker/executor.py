@@ -130,6 +130,12 @@ class Executor:
         return runner.work if runner is not None else Work(0, 0.0)
 
     @property
+    def sums_s(self) -> float:
+        """Return how many of these seconds went into sums with other members."""
+        star = self._star
+        return star.seconds if star is not None else 0.0
+
+    @property
     def kv_bytes(self) -> int:
         """Bytes reserved for KV caches."""
         return self._kv.reserved_bytes
@@ -227,7 +233,9 @@ class Executor:
     def _runner_of(self, plan: Plan, held: WorkerPart) -> StepRunner:
         stage, settings = held.part.stage, self._settings
         self._star = (
-            Star(plan, self._own, self._post, settings.device, settings.step_timeout_s) if stage is not None else None
+            Star(plan, self._own, self._post, settings.device, timeout_s=settings.step_timeout_s)
+            if stage is not None
+            else None
         )
         parts = Parts(stage=stage, star=self._star, head=held.part.head, device=settings.device)
         return StepRunner(plan, self._own, parts, self._post)

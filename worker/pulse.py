@@ -61,6 +61,7 @@ def heartbeat_of(state: WorkerState, executor: Executor, sequence: int, paused: 
         computing_s=work.computing_s,
         steps=work.steps,
         paused=paused,
+        sums_s=executor.sums_s,
     )
 
 

@@ -10,7 +10,8 @@ Shapes: T rows of a batch, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 import torch
@@ -56,7 +57,14 @@ class Star:
     """One member's end of its stage's star, under one plan."""
 
     def __init__(
-        self, plan: Plan, own: WorkerId, post: Post, device: torch.device, timeout_s: float = STEP_TIMEOUT_S
+        self,
+        plan: Plan,
+        own: WorkerId,
+        post: Post,
+        device: torch.device,
+        *,
+        timeout_s: float = STEP_TIMEOUT_S,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         number = plan.stage_of(own)
         if number is None:
@@ -83,8 +91,10 @@ class Star:
         self._row_bytes = self._hidden * self._wire.itemsize
         self._is_plain_fp32 = device.type == "cpu" and self._wire is self._activations is torch.float32
         self._totals: dict[int, Total] = {}  # by rows
+        self._clock = clock
         self.num_ops = 0
         self.num_bytes = 0
+        self.seconds = 0.0  # spent on sums, waiting for other members included
 
     def reduce(self, step: int, num_rows: int, op: int, own_TD: Tensor | None) -> Tensor:
         """Return the sum of `op` over all members, `[T, D]`; every member calls this for every operation.
@@ -97,6 +107,7 @@ class Star:
             total_TD = sum_partials([own_TD], self._plan.wire)
             self.num_ops += 1
             return total_TD.to(self._activations)
+        began = self._clock()
         shape, num_bytes = (num_rows, self._hidden), num_rows * self._row_bytes
         own = None
         if own_TD is not None:
@@ -114,6 +125,7 @@ class Star:
             if total is not None:
                 total.octets[:] = payload
         self.num_ops += 1
+        self.seconds += self._clock() - began
         if total is not None:
             return total.total_TD
         return as_tensor(payload, self._wire, shape).to(self._device, self._activations)

@@ -17,6 +17,7 @@ from manyhands.cli.screen import console, table
 from manyhands.cli.tables import (
     MEMORY_HEADINGS,
     STREAM_HEADINGS,
+    WORK_HEADINGS,
     WORKER_HEADINGS,
     event_rows,
     memory_rows,
@@ -24,6 +25,7 @@ from manyhands.cli.tables import (
     plan_line,
     state_rows,
     stream_rows,
+    work_rows,
     worker_rows,
 )
 from manyhands.config import ClientConfig
@@ -85,8 +87,12 @@ def show(status: Status) -> None:
 
 
 def show_memory(out: Console, status: Status) -> None:
-    """Print what the workers' memory goes to and, when weights flow from a disk, how that keeps up."""
-    for headings, rows in ((MEMORY_HEADINGS, memory_rows(status)), (STREAM_HEADINGS, stream_rows(status))):
+    """Print what the workers' memory and time go to and, when weights flow from a disk, how that keeps up."""
+    for headings, rows in (
+        (MEMORY_HEADINGS, memory_rows(status)),
+        (WORK_HEADINGS, work_rows(status)),
+        (STREAM_HEADINGS, stream_rows(status)),
+    ):
         if rows:
             out.print()
             out.print(table(headings, rows))

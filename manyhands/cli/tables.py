@@ -14,6 +14,7 @@ DASH = "-"
 PLAN_HEADINGS = ("worker", "pid", "role", "layers", "groups", "FFN", "weights", "budget", "use", "peak")
 WORKER_HEADINGS = ("worker", "role", "phase", "device", "layers", "heard", "link")
 MEMORY_HEADINGS = ("worker", "weights", "KV", "budget", "use", "peak")
+WORK_HEADINGS = ("worker", "steps", "a step", "computing", "disk", "sums")
 STREAM_HEADINGS = ("worker", "pinned", "window", "read/token", "disk", "waiting")
 
 Tree = Mapping[str, Any]
@@ -87,6 +88,22 @@ def stream_rows(status: Tree) -> list[Row]:
         )
         for worker in status.get("workers", [])
         if worker.get("window_bytes")
+    ]
+
+
+def work_rows(status: Tree) -> list[Row]:
+    """Return where the time of a worker's steps goes: its own computing, waiting for its disk, sums with others."""
+    return [
+        (
+            worker["name"],
+            f"{worker['steps']}",
+            f"{1e3 * worker.get('step_s', 0):.1f} ms",
+            f"{max(0.0, 1 - worker.get('stalled_share', 0) - worker.get('sums_share', 0)):.0%}",
+            f"{worker.get('stalled_share', 0):.0%}",
+            f"{worker.get('sums_share', 0):.0%}",
+        )
+        for worker in status.get("workers", [])
+        if worker.get("steps")
     ]
 
 

@@ -17,6 +17,7 @@ from manyhands.cli.tables import (
     MEMORY_HEADINGS,
     PLAN_HEADINGS,
     STREAM_HEADINGS,
+    WORK_HEADINGS,
     WORKER_HEADINGS,
     ago_text,
     event_rows,
@@ -26,6 +27,7 @@ from manyhands.cli.tables import (
     plan_rows,
     state_rows,
     stream_rows,
+    work_rows,
     worker_rows,
 )
 from manyhands.progress import StartWatch, essence
@@ -52,7 +54,7 @@ def test_a_sparse_status_is_shown_too(tree: dict[str, Any]) -> None:
     assert len(worker_rows(tree)) == len(tree.get("workers", []))
     assert len(memory_rows(tree)) == len(tree.get("workers", []))
     assert plan_rows(tree, {}) == []
-    assert stream_rows(tree) == []
+    assert stream_rows(tree) == work_rows(tree) == []
     assert model_line(tree)
 
 
@@ -61,6 +63,8 @@ STREAMING = {
     "pinned_bytes": 720_000_000,
     "window_bytes": 90_000_000,
     "steps": 40,
+    "step_s": 1.6,
+    "sums_share": 0.5,
     "streamed_bytes_per_step": 1_480_000_000,
     "disk_bytes_per_s": 1_210_000_000,
     "stalled_share": 0.1249,
@@ -74,6 +78,7 @@ def test_memory_is_shown_for_all_and_streaming_for_who_streams() -> None:
         ("w2", "2.2 GB", "0 B", "4.0 GB", "300 MB", "320 MB"),
     ]
     assert stream_rows(tree) == [("w2", "720 MB", "90.0 MB", "1.5 GB", "1.2 GB/s", "12%")]
+    assert work_rows(tree) == [("w2", "40", "1600.0 ms", "38%", "12%", "50%")]
 
 
 def test_tables_fit_a_hundred_columns() -> None:
@@ -85,6 +90,7 @@ def test_tables_fit_a_hundred_columns() -> None:
         (PLAN_HEADINGS, plan_rows(tree, {name: 4_000_000})),
         (WORKER_HEADINGS, worker_rows(tree)),
         (MEMORY_HEADINGS, memory_rows(tree)),
+        (WORK_HEADINGS, work_rows(tree)),
         (STREAM_HEADINGS, stream_rows(tree)),
     ):
         out = StringIO()

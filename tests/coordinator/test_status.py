@@ -45,14 +45,17 @@ def worker_json(last: Heartbeat | None, loaded: Loaded | None) -> dict[str, Any]
 
 
 def test_memory_and_streaming_are_told() -> None:
-    last = beat(peak_bytes=40, streamed_bytes=1000, streaming_s=4.0, stalled_s=1.0, computing_s=8.0, steps=5)
+    last = beat(
+        peak_bytes=40, streamed_bytes=1000, streaming_s=4.0, stalled_s=1.0, computing_s=8.0, steps=5, sums_s=2.0
+    )
     told = worker_json(last, LOADED)
     assert told["phase"] == "ready"
+    assert told["step_s"] == 1.6
     ends = ("_bytes", "_step", "_per_s", "_share", "steps")
     assert {key: value for key, value in told.items() if key.endswith(ends)} == {
         "memory_bytes": 2000, "budget_bytes": 1000, "base_bytes": 70, "predicted_bytes": 900, "resident_bytes": 30,
         "peak_bytes": 40, "weight_bytes": 20, "kv_bytes": 10, "pinned_bytes": 300, "window_bytes": 200, "steps": 5,
-        "streamed_bytes_per_step": 200, "disk_bytes_per_s": 250, "stalled_share": 0.125,
+        "streamed_bytes_per_step": 200, "disk_bytes_per_s": 250, "stalled_share": 0.125, "sums_share": 0.25,
     }  # fmt: skip
 
 
@@ -75,7 +78,8 @@ def test_who_was_never_heard_has_the_same_keys() -> None:
 @pytest.mark.parametrize("num_bytes", [0, 2**53])
 def test_odd_numbers_of_a_peer_are_harmless(seconds: float, num_bytes: int) -> None:
     told = worker_json(
-        beat(streamed_bytes=num_bytes, streaming_s=seconds, stalled_s=1e300, computing_s=seconds), LOADED
+        beat(streamed_bytes=num_bytes, streaming_s=seconds, stalled_s=1e300, computing_s=seconds, sums_s=1e300), LOADED
     )
     assert told["disk_bytes_per_s"] == 0
     assert 0 <= told["stalled_share"] <= 1
+    assert 0 <= told["sums_share"] <= 1
