@@ -41,8 +41,7 @@ class Draft:
 
     def room(self) -> KvRoom:
         """Return the room for sessions under it."""
-        request = self.seating.request
-        return kv_room(self.plan, self.candidates, request.step, request.kv_positions)
+        return kv_room(self.plan, self.candidates, self.seating.request.kv_positions)
 
     def is_like(self, plan: Plan) -> bool:
         """Say whether everybody would hold what they hold under `plan`."""

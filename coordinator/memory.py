@@ -8,7 +8,7 @@ the blocks flow through. One that may not needs all of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ from protocol.tiles import head_tiles
 
 MIN_CONTEXT = 2048
 DEFAULT_KV_POSITIONS = 8192
+LEAST_PROMPT_ROWS = 32  # fewer at a time would make reading a prompt as slow as answering
 HOST_DEVICE = "cpu"
 
 
@@ -36,6 +37,13 @@ class StepBounds:
 
     rows: int
     sampled: int
+
+    def smaller(self) -> Iterator[StepBounds]:
+        """Yield this, then bounds with half as many rows of prompts each time, down to a few."""
+        prompts = self.rows - self.sampled
+        yield self
+        while (prompts := prompts // 2) >= LEAST_PROMPT_ROWS:
+            yield StepBounds(rows=self.sampled + prompts, sampled=self.sampled)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,7 +193,7 @@ class KvRoom(NamedTuple):
         return "give the worker more memory (--memory)" if self.worker else "allow more (--kv-positions)"
 
 
-def kv_room(plan: Plan, candidates: Iterable[Candidate], step: StepBounds, kv_positions: int) -> KvRoom:
+def kv_room(plan: Plan, candidates: Iterable[Candidate], kv_positions: int) -> KvRoom:
     """Return the room for sessions under a plan whose workers all have their floor.
 
     What memory leaves, up to `kv_positions`; but the least when a worker streams, as more room would mean more to read.
@@ -193,6 +201,7 @@ def kv_room(plan: Plan, candidates: Iterable[Candidate], step: StepBounds, kv_po
     least = min_positions(plan.model, kv_positions)
     by_worker = {candidate.worker: candidate for candidate in candidates}
     room = KvRoom(kv_positions, None)
+    step = StepBounds(rows=plan.step_rows, sampled=plan.step_samples)
     for worker in plan.workers:
         candidate = by_worker[worker]
         need = need_of(plan, candidate, step, kv_positions)

@@ -10,6 +10,7 @@ alike on all in proportion to their memory.
 
 from __future__ import annotations
 
+import contextlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -94,10 +95,20 @@ def seat_workers(head: WorkerId, others: Sequence[WorkerId], seats: Sequence[Wor
 def make_plan(request: PlanRequest, candidates: Sequence[Candidate], *, epoch: int, reach: Reach = frozenset()) -> Plan:
     """Return the plan over these workers, the head first; `reach` decides which member of a stage is its hub.
 
-    Raises PlanImpossible (too few workers, or too little memory in all) or BudgetTooSmall naming the worker.
+    Prompts are computed in smaller pieces where memory for the temporaries of the wanted ones is lacking. Raises
+    PlanImpossible (too few workers, or too little memory in all) or BudgetTooSmall naming the worker, with the least
+    that it must have.
     """
     if not candidates:
         raise PlanImpossible("no worker is here", remedy="let a trusted worker join")
+    *wanted, least = request.step.smaller()
+    for step in wanted:
+        with contextlib.suppress(PlanImpossible, BudgetTooSmall):
+            return _make_plan(replace(request, step=step), candidates, epoch, reach)
+    return _make_plan(replace(request, step=least), candidates, epoch, reach)
+
+
+def _make_plan(request: PlanRequest, candidates: Sequence[Candidate], epoch: int, reach: Reach) -> Plan:
     if request.shares is None:
         stages = _automatic_stages(request, candidates)
     else:
@@ -113,7 +124,7 @@ def make_plan(request: PlanRequest, candidates: Sequence[Candidate], *, epoch: i
         step_samples=request.step.sampled,
     )
     _require_floors(plan, request, candidates)
-    return replace(plan, kv_positions=kv_room(plan, candidates, request.step, request.kv_positions).positions)
+    return replace(plan, kv_positions=kv_room(plan, candidates, request.kv_positions).positions)
 
 
 _Stages = list[tuple[Span, tuple[Share, ...]]]

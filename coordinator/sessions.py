@@ -259,7 +259,7 @@ class Sessions:
             return effects
         effects += self._admit(plan, now)
         while len(self.steps) < len(plan.stages):
-            batch = pick(self._running.values(), len(plan.stages), self._policy.prefill_chunk)
+            batch = pick(self._running.values(), len(plan.stages), plan.prompt_rows(self._policy.prefill_chunk))
             if not batch:
                 break
             effects.append(self.steps.send(plan, batch, now))

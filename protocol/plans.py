@@ -102,6 +102,10 @@ class Plan:
                 return number
         return None
 
+    def prompt_rows(self, most: int) -> int:
+        """Return how many rows of prompts a step may have: `most`, or fewer where memory for more is lacking."""
+        return min(most, self.step_rows - self.step_samples) if self.step_rows else most
+
     def tiles_of(self, worker: WorkerId) -> tuple[TileId, ...]:
         """Return the tiles that `worker` must hold."""
         tiles = list(head_tiles(self.model)) if worker == self.head else []

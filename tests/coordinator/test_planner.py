@@ -23,7 +23,7 @@ from protocol.plans import Plan
 from protocol.specs import ModelSpec, WeightFormat
 from protocol.tiles import TileKind, all_tiles, tile_bytes
 
-STEP = StepBounds(rows=272, sampled=16)
+STEP = StepBounds(rows=48, sampled=16)  # the least there can be, so that a floor is a floor
 KV = 8192
 
 
@@ -197,7 +197,7 @@ def test_automatic_plans_keep_every_budget(layers: int, budgets: Sequence[int], 
         return
     used = [candidate for candidate in offered if candidate.worker in plan.workers]
     assert all(need_of(plan, candidate, STEP).total_bytes <= candidate.budget_bytes for candidate in used)
-    assert kv_room(plan, offered, STEP, KV).positions == plan.kv_positions >= spec.max_positions
+    assert kv_room(plan, offered, KV).positions == plan.kv_positions >= spec.max_positions
     if plan.kv_positions < KV:
         most = [need_of(plan, candidate, STEP).positions_in(candidate.budget_bytes) for candidate in used]
         assert plan.kv_positions == min(positions for positions in most if positions is not None)
@@ -283,8 +283,8 @@ def test_the_narrowest_worker_names_the_room() -> None:
     plan = whole_plan(spec, "1/1")
     need = need_of(plan, candidates(GB, GB)[1], STEP)
     offered = candidates(GB, need.total_bytes + need.block_bytes + need.kv_bytes_per_position)
-    assert kv_room(plan, offered, STEP, KV) == (513, "w1")
-    assert kv_room(plan, candidates(GB, GB), STEP, KV) == (KV, None)
+    assert kv_room(plan, offered, KV) == (513, "w1")
+    assert kv_room(plan, candidates(GB, GB), KV) == (KV, None)
 
 
 def test_automatic_plans_stream_only_when_memory_is_short() -> None:
@@ -307,6 +307,25 @@ def test_streamed_layers_follow_memory(head_only: bool) -> None:
         assert need.total_bytes > candidate.budget_bytes
         parts.append(1 - (need.total_bytes - candidate.budget_bytes) / need.weight_bytes)
     assert max(parts) - min(parts) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("rows", "prompt_rows"), [(272, 256), (271, 128), (144, 128), (143, 64), (80, 64), (79, 32), (48, 32)]
+)
+def test_prompts_are_computed_in_pieces_that_fit(rows: int, prompt_rows: int) -> None:
+    """The budget is what a step of so many rows needs; a step of 272 is wanted."""
+    spec = make_spec(layers=4)
+    wanted = replace(request(spec, "1"), step=StepBounds(rows=272, sampled=16))
+    worker = candidates(GB)[0]
+    need = need_of(make_plan(wanted, [worker], epoch=1), worker, StepBounds(rows=rows, sampled=16))
+    plan = make_plan(wanted, [replace(worker, budget_bytes=need.floor_bytes)], epoch=1)
+    assert plan.prompt_rows(256) == prompt_rows
+    assert plan.prompt_rows(7) == 7
+
+
+def test_a_plan_that_bounds_no_step_leaves_prompts_as_they_are() -> None:
+    plan = replace(make_plan(request(make_spec(), "1"), candidates(GB), epoch=1), step_rows=0)
+    assert plan.prompt_rows(256) == 256
 
 
 def test_no_streaming_where_the_device_can_not() -> None:
