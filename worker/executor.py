@@ -298,7 +298,7 @@ class Executor:
         self._star = (
             Star(plan, self._own, self, settings.device, settings.step_timeout_s) if stage is not None else None
         )
-        parts = Parts(stage=stage, star=self._star, head=held.part.head, device=settings.device)
+        parts = Parts(stage=stage, star=self._star, head=held.part.head, device=settings.device, inputs=self._kv.inputs)
         return StepRunner(plan, self._own, parts, self)
 
     def _fail(self, error: ManyhandsError) -> None:
