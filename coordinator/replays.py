@@ -1,8 +1,8 @@
 """What has to be computed again of a session after a change of plan: which positions, through which layers.
 
 Knows nothing of queues or steps; a pure function of what workers say they have. Positions that only some layers lack
-are computed through these alone, when what enters the first of them is kept by a hub that comes no later in the
-pipeline, or is the embedding. Whatever can't be proven is computed through all layers, from the least position on.
+are computed through these alone, when what enters the first of them is kept by the hub of its stage or of the stage
+before, or is the embedding. Whatever can't be proven is computed through all layers, from the least position on.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 
 from protocol.ids import SessionId, WorkerId
 from protocol.messages import HeldKv, Loaded
-from protocol.plans import Plan, Stage
+from protocol.plans import Plan
 from protocol.specs import NO_LAYERS, Span
 
 
@@ -126,8 +126,10 @@ def _remains(plan: Plan, session: SessionId, claims: Mapping[WorkerId, Mapping[S
             _lengths(claims[share.worker].get(session), stage.layers) for share in stage.members if len(share.groups)
         ]
         found.lengths += [min(lengths) for lengths in zip(*parts, strict=True)]
-        for layer, positions in _inputs(claims[stage.hub_worker].get(session), stage).items():
-            found.inputs[layer] = max(Kept(positions, number), found.inputs.get(layer, Kept(0, 0)))
+        held = claims[stage.hub_worker].get(session)
+        for one in held.inputs if held is not None else ():
+            if plan.enters_after(number, one.layer):
+                found.inputs[one.layer] = max(Kept(one.positions, number), found.inputs.get(one.layer, Kept(0, 0)))
     return found
 
 
@@ -138,9 +140,3 @@ def _lengths(held: HeldKv | None, layers: Span) -> list[int]:
         for layer in more.layers & layers:
             lengths[layer - layers.start] = max(lengths[layer - layers.start], more.positions)
     return lengths
-
-
-def _inputs(held: HeldKv | None, stage: Stage) -> dict[int, int]:
-    """Return what a stage's hub keeps: a batch comes by it, and it can put in what enters a layer there or later."""
-    inputs = held.inputs if held is not None else ()
-    return {one.layer: one.positions for one in inputs if one.layer >= stage.layers.start}

@@ -176,7 +176,7 @@ class StepRunner:
             raise ProtocolViolation(f"{self._own} is a member of no stage", phase="step")
         stage = self._plan.stages[self._number]
         is_hub = stage.hub_worker == self._own
-        if hidden_TD is None and is_hub and stage.layers.start <= batch.layers.start:
+        if hidden_TD is None and is_hub and self._plan.enters_after(self._number, batch.layers.start):
             hidden_TD = self._kept(batch)
         if is_hub and not batch.is_whole and not len(batch.layers & stage.layers):
             self._hand_to(self._number + 1, batch, hidden_TD)

@@ -140,3 +140,9 @@ def test_where_one_worker_can_not_compute_some_layers_alone_all_are_computed() -
     plan = plan_of("1/1")
     found = remains(plan, says(held(2, (0, 2, 9))), says(held(9), knows_layers=False))
     assert found.lengths == [2] * LAYERS
+
+
+def test_what_a_hub_keeps_goes_no_further_than_the_next_stage() -> None:
+    plan = plan_of("1/1/1")  # two layers each
+    found = remains(plan, says(held(9, None, {2: 9, 3: 8, 4: 9})), says(held(9, None, {1: 9, 2: 7})), says(held(9)))
+    assert found.inputs == {2: Kept(9, 0), 3: Kept(8, 0)}

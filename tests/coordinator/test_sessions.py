@@ -562,3 +562,17 @@ def test_a_plan_that_ends_meanwhile_leaves_nothing_of_it() -> None:
     serve(sessions, make_test_plan("1", 3), KvRoom(100, WorkerId("b")), {SessionId(1): 12})
     (step,) = steps(sessions.schedule(4.0))
     assert (step.layers, step.rows[0].start, step.rows[0].sample) == (NO_LAYERS, 12, True)
+
+
+def test_sessions_whose_inputs_lie_with_two_hubs_share_no_step() -> None:
+    sessions = serving(words="1")
+    (step,) = steps(begin(sessions, 1, 2, max_tokens=20))
+    for _ in range(2):
+        sessions.step_finished(done(step, *[50] * sum(part.sample for part in step.rows)), 1.0)
+        (step,) = steps(sessions.schedule(1.0))
+    sessions.interrupt(PeerLost("b is gone"), 2.0)
+    plan = make_test_plan("1/1", 2)
+    sessions.prepare(plan, KvRoom(200, WorkerId("b")))
+    left = {SessionId(number): Remains([99, 99, 0, 99], {2: Kept(99, number - 1)}) for number in (1, 2)}
+    sessions.serve(plan, left)
+    assert [len(step.rows) for step in steps(sessions.schedule(2.0)) if len(step.layers)] == [1, 1]

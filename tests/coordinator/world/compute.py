@@ -285,7 +285,9 @@ class Compute:
             self.worker.say(event, "data")
             return
         own, first = plan.stages[stage].layers, step.layers.start
-        is_filled = is_filled or (own.start <= first and all(self.shelf.can_put_in(part, first) for part in step.rows))
+        is_filled = is_filled or (
+            plan.enters_after(stage, first) and all(self.shelf.can_put_in(part, first) for part in step.rows)
+        )
         if len(step.layers) and not len(step.layers & own):
             self._into(stage + 1, step, answer, is_filled=is_filled)
             return
