@@ -17,11 +17,12 @@ from tiny_cluster import SPEC, TinyCluster, plan_of
 from coordinator.moves import find_moves
 from coordinator.replays import Remains, Replay, find_remains, find_replay
 from protocol.batches import SessionRows
+from protocol.errors import ManyhandsError, ProtocolViolation, StepFailed
 from protocol.ids import SessionId, WorkerId
 from protocol.messages import Carry, Loaded, SampledToken
 from protocol.plans import Plan
 from protocol.specs import NO_LAYERS, Span
-from worker.commands import Drop, KvOrders
+from worker.commands import Drop, Failed, KvOrders
 
 GROUPS, FFN = Span(0, SPEC.kv_heads), Span(0, SPEC.ffn_tiles)
 NAMES = ("a", "b", "c", "d")
@@ -248,3 +249,24 @@ def test_tokens_after_any_loss_are_those_of_no_loss(cluster: TinyCluster, pair: 
     assert wanted is not None
     assert token.token == wanted.token
     assert token.logprob == pytest.approx(wanted.logprob, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("layers", "sample", "kind"),
+    [(Span(1, 3), False, StepFailed), (Span(1, 3), True, ProtocolViolation), (Span(1, 9), False, ProtocolViolation)],
+    ids=["inputs that nobody keeps", "a token from some layers", "layers that are none"],
+)
+def test_a_step_that_can_not_be_computed_ends_the_epoch(
+    fresh: TinyCluster, layers: Span, sample: bool, kind: type[ManyhandsError]
+) -> None:
+    plan = pipeline(*THREE)
+    Run(fresh).turn(plan)
+    rows = SessionRows(session=ONE, start=0, count=4, capacity=CAPACITY, sample=sample)
+    fresh.step(plan, 0, [rows], IDS[:4], history=0, layers=layers)
+    told = [hand.reports for hand in fresh.hands.values()]
+
+    def failures() -> list[Failed]:
+        return [one for one in itertools.chain(*told) if isinstance(one, Failed) and one.epoch == plan.epoch]
+
+    fresh.pump(lambda: bool(failures()))
+    assert type(failures()[0].error) is kind
