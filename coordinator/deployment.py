@@ -176,10 +176,11 @@ class Deployment:
             return []
         return self._fail(error, now, pause_s=self._retry.after_error(now))
 
-    def succeeded(self, now: float) -> None:
+    def succeeded(self, now: float, *, has_token: bool) -> None:
         """A step has passed all stages: the next failure pauses from the beginning."""
         self._retry.succeeded()
-        self.story.resumed(now)
+        if has_token:
+            self.story.resumed(now)
 
     def stop(self) -> list[Effect]:
         """End for good: tell the workers to unload."""
@@ -269,13 +270,12 @@ class Deployment:
         plan, loads = self.plan, self._loads
         if plan is None or loads is None:
             return []
-        repeated = self._service.serve(plan, self._watch.held(plan))
+        repeated = self._service.serve(plan, self._watch.remains(plan))
         self._serving = Serving(plan=plan, copies=loads.copies)
         reports = self._watch.reports.values()
         fetched = sum(report.fetched_bytes for report in reports)
-        self.story.ready(
-            now, fetched_bytes=fetched, worker_load_s=max(report.load_s for report in reports), repeated=repeated
-        )
+        load_s = max(report.load_s for report in reports)
+        self.story.ready(now, plan, fetched_bytes=fetched, worker_load_s=load_s, repeated=repeated)
         self._enter(Phase.READY, self._shortage())
         effects: list[Effect] = [SeatsChanged(seats=self.crew.seats)]
         unload = Unload(epoch=plan.epoch, reason="thank you for what you gave")

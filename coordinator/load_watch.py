@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from coordinator.cluster_status import LoadingStatus
 from coordinator.memory import bytes_text
-from coordinator.moves import holdings
+from coordinator.replays import Remains, find_remains
 from protocol.errors import DeadlineExceeded
 from protocol.ids import SessionId, WorkerId
 from protocol.messages import Loaded, LoadProgress
@@ -68,14 +68,9 @@ class LoadWatch:
                 return DeadlineExceeded(text, node=worker, phase="loading")
         return None
 
-    def held(self, plan: Plan) -> dict[SessionId, int]:
-        """Return how many positions of each carried session every worker with keys and values has."""
-        positions: dict[SessionId, list[int]] = {}
-        bearers = {worker for worker, _ in holdings(plan)}
-        for worker in bearers:
-            for held in self.reports[worker].held:
-                positions.setdefault(held.session, []).append(held.positions)
-        return {session: min(found) for session, found in positions.items() if len(found) == len(bearers)}
+    def remains(self, plan: Plan) -> dict[SessionId, Remains]:
+        """Return what those that have loaded still have of each carried session."""
+        return find_remains(plan, self.reports)
 
     def status_of(self, worker: WorkerId) -> LoadingStatus | None:
         """Return how far a worker has come; None when nobody waits for it."""

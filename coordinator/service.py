@@ -10,6 +10,7 @@ from typing import Protocol
 
 from coordinator.events import Effect
 from coordinator.memory import KvRoom
+from coordinator.replays import Remains, Repeated
 from protocol.errors import ManyhandsError
 from protocol.ids import SessionId
 from protocol.messages import Carry
@@ -45,8 +46,8 @@ class Service(Protocol):
         """Give the sessions that have begun their places under a plan that is about to load."""
         ...
 
-    def serve(self, plan: Plan, held: Mapping[SessionId, int]) -> int:
-        """Go on under a plan; returns how many positions are computed again."""
+    def serve(self, plan: Plan, remains: Mapping[SessionId, Remains]) -> Repeated:
+        """Go on under a plan; returns what is computed again."""
         ...
 
     def interrupt(self, error: ManyhandsError, now: float) -> list[Effect]:

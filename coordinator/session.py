@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 
 from coordinator.events import RequestArrived, token_ids
 from coordinator.memory import KvRoom
+from coordinator.replays import Replay
 from protocol.batches import Sampling, SessionRows
 from protocol.errors import ManyhandsError, PeerLost, PromptTooLong, RequestInvalid
 from protocol.ids import SessionId
 from protocol.messages import Leg, Timings, Usage
-from protocol.specs import ModelSpec
+from protocol.specs import NO_LAYERS, ModelSpec, Span
 
 MAX_LEGS = 64
 LOSS_WEIGHT = 1  # a lost worker may be anybody's fault
@@ -28,7 +29,8 @@ class Session:
 
     The log is all that is needed to compute the session again from its beginning, by setting `computed` to 0.
     `reached` is the most that ever was: what workers have put away of it stays true, as the log only grows.
-    `is_known`: workers of this epoch may hold something of it; `opened_in`: the epoch in which the head was told of it.
+    `replay`: what is computed again of it under this plan, and how. `is_known`: workers of this epoch may hold
+    something of it; `opened_in`: the epoch in which the head was told of it.
     `setbacks` weighs the epochs that ended while a step computed it, since its last new token.
     """
 
@@ -42,6 +44,7 @@ class Session:
     at: int = 0  # where in the workers' KV arenas it lies
     computed: int = 0
     reached: int = 0
+    replay: Replay | None = None
     last_step: int = field(default=-1)
     is_in_flight: bool = False
     started_at: float | None = None
@@ -66,15 +69,22 @@ class Session:
         """Tokens of the log that the workers have not computed; 1 while it decodes."""
         return len(self.tokens) - self.computed
 
+    @property
+    def layers(self) -> Span:
+        """The layers that its next rows are computed through; empty: all."""
+        replay = self.replay
+        return replay.layers if replay is not None and self.computed < replay.until else NO_LAYERS
+
     def next_rows(self, most: int) -> SessionRows:
         """Return the next rows to compute, at most `most`; the last row of the log is sampled."""
-        count = min(most, self.num_pending)
+        end = self.replay.until if self.replay is not None and len(self.layers) else len(self.tokens)
+        count = min(most, end - self.computed)
         return SessionRows(
             session=self.session,
             start=self.computed,
             count=count,
             capacity=self.capacity,
-            sample=count == self.num_pending,
+            sample=self.computed + count == len(self.tokens),
             at=self.at,
         )
 

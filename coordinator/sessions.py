@@ -8,7 +8,7 @@ Knows nothing of workers beyond the plan it serves and the room it gives.
        +--- interrupt ---+
 
 An epoch that ends costs a session nothing but time: it goes back to the front of the queue with its log, and `prepare`
-gives it a place under the next plan, where it goes on at the first position that the workers don't have any more.
+gives it a place under the next plan, where it goes on as far as the workers have it; `replays` says with which layers.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from coordinator.events import (
 from coordinator.legs import leg_of
 from coordinator.memory import KvRoom
 from coordinator.policy import ClusterPolicy
+from coordinator.replays import NOTHING, Remains, Repeated, find_replay, repeated_by
 from coordinator.session import Session, open_session
 from coordinator.steps_under_way import StepsUnderWay
 from protocol.errors import InvariantBroken, LocalError, ManyhandsError, Overloaded, PromptTooLong
@@ -174,21 +175,22 @@ class Sessions:
             for one in self._running.values()
         )
 
-    def serve(self, plan: Plan, held: Mapping[SessionId, int]) -> int:
-        """Run sessions under this plan from now on; `held`: positions that all workers have of a carried session.
+    def serve(self, plan: Plan, remains: Mapping[SessionId, Remains]) -> Repeated:
+        """Run sessions under this plan from now on; `remains`: what the workers have of carried ones.
 
-        Returns how many positions will be computed again.
+        Returns what will be computed again.
         """
         self._plan = plan
         self.is_held = False
-        repeated = 0
+        total, num_layers = NOTHING, plan.model.layers
         for session in self._running.values():
-            computed = min(session.reached, held.get(session.session, 0))
-            lost = session.reached - computed
-            session.begin_leg(leg_of(plan, session.num_answer, lost, self._cause))
-            session.computed = computed
-            repeated += lost
-        return repeated
+            found = remains.get(session.session) or Remains([0] * num_layers)
+            session.replay = find_replay(found, session.reached)
+            session.computed = session.replay.start
+            repeated = repeated_by(session.replay, session.reached, num_layers)
+            session.begin_leg(leg_of(plan, session.num_answer, self._cause, repeated))
+            total = total.plus(repeated)
+        return total
 
     def interrupt(self, error: ManyhandsError, now: float) -> list[Effect]:
         """The plan is over: what runs goes back to the front of the queue, and steps under way never were.
@@ -210,6 +212,7 @@ class Sessions:
         self._cause, self._idle_since = cause, now
         for session in reversed(running):
             session.is_in_flight = session.is_known = False
+            session.replay = None
             self._waiting.appendleft(session)
 
     def restore(self, saved: Iterable[Session]) -> None:
@@ -260,7 +263,7 @@ class Sessions:
         effects += self._admit(plan, now)
         while len(self.steps) < len(plan.stages):
             batch = pick(self._running.values(), len(plan.stages), plan.prompt_rows(self._policy.prefill_chunk))
-            if not batch:
+            if not batch.parts:
                 break
             effects.append(self.steps.send(plan, batch, now))
         return effects
@@ -292,7 +295,7 @@ class Sessions:
             self._waiting.popleft()
             session.at = place
             self._running[session.session] = session
-            session.begin_leg(leg_of(plan, session.num_answer, 0, self._cause if session.num_answer else ""))
+            session.begin_leg(leg_of(plan, session.num_answer, self._cause if session.num_answer else ""))
             if session.started_at is None:
                 session.started_at = now
                 self._count(prompt_tokens=session.num_prompt)

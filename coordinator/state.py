@@ -262,7 +262,7 @@ class ClusterState:
         except ProtocolViolation as error:
             error.node = event.worker
             return self._deployment.failed(error, now)
-        self._deployment.succeeded(now)
+        self._deployment.succeeded(now, has_token=bool(event.done.tokens))
         return effects
 
     # ------------------------------------------------------------ time

@@ -78,7 +78,9 @@ def _recovery(recovery: Recovery, now: float) -> dict[str, Any]:
         "worker_load_s": round(recovery.worker_load_s, 4),
         "replay_s": between(recovery.ready_at, recovery.resumed_at),
         "fetched_bytes": recovery.fetched_bytes,
-        "repeated": recovery.repeated,
+        "repeated": recovery.repeated.positions,
+        "repeated_layers": [recovery.repeated.layers.start, recovery.repeated.layers.end],
+        "repeated_rows": recovery.repeated.rows,
     }
 
 

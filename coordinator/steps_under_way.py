@@ -49,19 +49,19 @@ class StepsUnderWay:
         """Make a step of a batch; the head is told of each session that it does not know under this epoch."""
         number = self._next
         self._next += 1
-        rows = tuple(part for _, part in batch)
-        unknown = [(session, part) for session, part in batch if session.opened_in != plan.epoch]
+        rows = tuple(part for _, part in batch.parts)
+        unknown = [(session, part) for session, part in batch.parts if session.opened_in != plan.epoch]
         opens = tuple(
             SessionSampling(session=session.session, sampling=session.sampling, history=part.start)
             for session, part in unknown
         )
         payload = [token_bytes(session.tokens[: part.start]) for session, part in unknown]
-        payload += [token_bytes(session.tokens[part.start : part.start + part.count]) for session, part in batch]
-        for session, _ in batch:
+        payload += [token_bytes(session.tokens[part.start : part.start + part.count]) for session, part in batch.parts]
+        for session, _ in batch.parts:
             session.is_in_flight = session.is_known = True
             session.last_step, session.opened_in = number, plan.epoch
         self._steps[number] = _UnderWay(rows, now)
-        message = Step(epoch=plan.epoch, step=number, rows=rows, opens=opens)
+        message = Step(epoch=plan.epoch, step=number, rows=rows, opens=opens, layers=batch.layers)
         return SendStep(worker=plan.head, step=message, tokens=b"".join(payload))
 
     def finish(self, done: StepDone) -> Finished | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from coordinator.memory import bytes_text
+from coordinator.replays import NOTHING, Repeated
 from protocol.plans import Plan
 from protocol.tiles import TileId, tile_bytes
 
@@ -29,7 +30,7 @@ class Happening(NamedTuple):
 class Recovery:
     """The way from one plan's end to the next one's first token; times are None until they are reached.
 
-    `worker_load_s`: the longest that a worker took to load, fetching excluded. `repeated`: positions computed again.
+    `worker_load_s`: the longest that a worker took to load, fetching excluded. `repeated`: what was computed again.
     """
 
     cause: str
@@ -40,7 +41,7 @@ class Recovery:
     epoch: int = 0
     fetched_bytes: int = 0
     worker_load_s: float = 0.0
-    repeated: int = 0
+    repeated: Repeated = NOTHING
 
 
 class Story:
@@ -73,9 +74,10 @@ class Story:
         if self.current is not None:
             self.current.planned_at, self.current.epoch = now, plan.epoch
 
-    def ready(self, now: float, *, fetched_bytes: int, worker_load_s: float, repeated: int) -> None:
+    def ready(self, now: float, plan: Plan, *, fetched_bytes: int, worker_load_s: float, repeated: Repeated) -> None:
         """The next plan serves."""
-        self.tell(now, f"ready; {repeated} positions to compute again" if repeated else "ready")
+        what = repeated.text(plan.model.layers)
+        self.tell(now, f"ready; {what} to compute again" if what else "ready")
         recovery = self.current
         if recovery is not None:
             recovery.ready_at, recovery.fetched_bytes = now, fetched_bytes

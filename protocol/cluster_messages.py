@@ -237,6 +237,7 @@ class Loaded:
     pinned_bytes: NumBytes = 0  # weights that stay in memory
     window_bytes: NumBytes = 0  # slots that the other weights flow through
     held: Annotated[tuple[HeldKv, ...], Within(0, 1024)] = ()  # of the carries; one that is not named is not held
+    knows_layers: bool = False  # it can be sent steps through a part of the layers
 
 
 @message(15, C, {W, H})

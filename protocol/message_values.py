@@ -12,7 +12,7 @@ from typing import Annotated
 from protocol.batches import Sampling, SessionRows
 from protocol.ids import SessionId, WorkerId
 from protocol.schema import Count, Epoch, Name, NumBytes, PublicKey, Seconds, Text, Within
-from protocol.specs import Span
+from protocol.specs import NO_LAYERS, Span
 
 Addresses = Annotated[tuple[Text, ...], Within(0, 16)]
 Version = Annotated[int, Within(1, 10_000)]
@@ -110,11 +110,32 @@ class KvMove:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HeldLayers:
+    """How many positions of a session, from its beginning, a worker has for all of its cells of these layers."""
+
+    layers: Span
+    positions: Count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptInputs:
+    """Of how many positions of a session, from its beginning, a worker keeps the hidden states that enter a layer."""
+
+    layer: Count
+    positions: Count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HeldKv:
-    """How many positions of a carried session, from its beginning, a worker has for all of its cells."""
+    """How many positions of a carried session, from its beginning, a worker has for all of its cells.
+
+    `layers`: those of which it has more. `inputs`: from which a part of the layers can be computed again.
+    """
 
     session: SessionId
     positions: Count
+    layers: Annotated[tuple[HeldLayers, ...], Within(0, 64)] = ()
+    inputs: Annotated[tuple[KeptInputs, ...], Within(0, 64)] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +153,7 @@ class Leg:
     """A part of an answer that was computed under one plan: from token number `start` of the answer on.
 
     `stages`: one line each, layers and members. `repeated`: positions that had to be computed again when it began;
-    `cause`: why the plan before ended.
+    `layers`: of which layers, when not of all; `cause`: why the plan before ended.
     """
 
     epoch: Epoch
@@ -141,6 +162,7 @@ class Leg:
     stages: Annotated[tuple[Text, ...], Within(0, 128)]
     repeated: Count = 0
     cause: Text = ""
+    layers: Span = NO_LAYERS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

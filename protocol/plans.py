@@ -106,6 +106,11 @@ class Plan:
         """Return how many rows of prompts a step may have: `most`, or fewer where memory for more is lacking."""
         return min(most, self.step_rows - self.step_samples) if self.step_rows else most
 
+    def enters_after(self, number: int, layer: int) -> bool:
+        """Say whether a layer is one of this stage or of the next: what enters it goes no further from this hub."""
+        following = self.stages[min(number + 1, len(self.stages) - 1)]
+        return self.stages[number].layers.start <= layer < following.layers.end
+
     def tiles_of(self, worker: WorkerId) -> tuple[TileId, ...]:
         """Return the tiles that `worker` must hold."""
         tiles = list(head_tiles(self.model)) if worker == self.head else []

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Final
 
 from protocol.schema import Count, Name, Within
 
@@ -64,6 +64,9 @@ class Span:
 
     def __str__(self) -> str:
         return f"[{self.start}, {self.end})"
+
+
+NO_LAYERS: Final = Span(0, 0)
 
 
 def require_tiling(spans: tuple[Span, ...], num_items: int, what: str) -> None:

@@ -25,7 +25,7 @@ from protocol.message_values import (
     StepId,
 )
 from protocol.schema import Count, Epoch, Seconds, Within
-from protocol.specs import ActivationFormat
+from protocol.specs import NO_LAYERS, ActivationFormat, Span
 
 
 @message(30, C, H, reply="StepDone", payload_bytes=MAX_PROMPT_BYTES)
@@ -33,6 +33,8 @@ from protocol.specs import ActivationFormat
 class Step:
     """Compute these rows. `opens`: sessions that the head does not know under this epoch.
 
+    `layers`, unless empty: a part of the model's layers; only their keys and values are computed again, from inputs
+    that the hub before them kept (the embedding, for layer 0), and no row is sampled.
     Payload, little-endian int32 token ids: the histories of `opens`, in order, then one id a row.
     """
 
@@ -40,6 +42,7 @@ class Step:
     step: StepId
     rows: Rows
     opens: Annotated[tuple[SessionSampling, ...], Within(0, 1024)] = ()
+    layers: Span = NO_LAYERS
 
 
 @message(31, H, C)
@@ -56,13 +59,17 @@ class StepDone:
 @message(32, {W, H}, {W, H}, payload_bytes=MAX_TENSOR_BYTES)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Activation:
-    """Hidden states on their way into `stage` (number of stages: back to the head). Payload: `[rows, hidden]`."""
+    """Hidden states on their way into `stage` (number of stages: back to the head). Payload: `[rows, hidden]`.
+
+    `layers`: as in `Step`; then the payload is empty before the kept inputs and after the last of these layers.
+    """
 
     epoch: Epoch
     step: StepId
     stage: Count
     format: ActivationFormat
     rows: Rows
+    layers: Span = NO_LAYERS
 
 
 @message(33, {W, H}, {W, H}, payload_bytes=MAX_TENSOR_BYTES)

@@ -71,8 +71,10 @@ class StageModel:
         self._dtype = dtype_of(spec.activations)
 
     @torch.inference_mode()
-    def forward(self, hidden_TD: Tensor, rows: tuple[SessionRows, ...], reduce: Reduce) -> Tensor:
-        """Pass a ragged batch through the stage's layers; the input is left as it is.
+    def forward(
+        self, hidden_TD: Tensor, rows: tuple[SessionRows, ...], reduce: Reduce, layers: Span | None = None
+    ) -> Tensor:
+        """Pass a ragged batch through the stage's layers, or those that are in `layers`; the input is left as it is.
 
         Rows count as cached only when all layers are done, so a step whose `reduce` raised can be repeated.
         Raises StepFailed for a misshapen input, SessionLost and Overloaded as `KvCache.begin` does, and whatever
@@ -80,10 +82,10 @@ class StageModel:
         """
         self._check(hidden_TD, rows)
         hidden_TD = hidden_TD.to(self._device)
-        step = Step(rows, self.kv.begin(rows), self._frequencies, self._dtype)
-        for op in layer_ops(self.share):
+        step = Step(rows, self.kv.begin(rows, layers), self._frequencies, self._dtype)
+        for op in layer_ops(self.share, layers):
             hidden_TD = hidden_TD + reduce(op, self._partial(op, hidden_TD, step))
-        self.kv.commit(rows)
+        self.kv.commit(rows, layers)
         return hidden_TD
 
     def release(self, session: SessionId) -> None:

@@ -4,12 +4,15 @@ Knows nothing of attention or of where rows come from. All positions of all sess
 and touched when the plan is loaded; the coordinator hands out the places (`SessionRows.at`), alike for every worker.
 
 A step first calls `begin`, which changes nothing but lengths that a repeated step takes back; only `commit` moves them
-on, so a step that fails half-way can be repeated.
+on, so a step that fails half-way can be repeated. Each layer has a length of its own: after a change of plan some
+layers may lack what others have, and steps through those alone (`layers`) compute it again.
 
 Shapes: L layers, G groups, P positions of the arena, S positions of a session so far, T new rows, d head_dim.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,9 +25,9 @@ from runtime.tensors import dtype_of
 
 
 class SessionKv:
-    """One session's place in the arena, `[at, at + capacity)`, and how many of its positions are valid."""
+    """One session's place in the arena, `[at, at + capacity)`, and how many of its positions are valid, by layer."""
 
-    __slots__ = ("_first_layer", "_keys_LGPd", "_values_LGPd", "at", "capacity", "length")
+    __slots__ = ("_first_layer", "_keys_LGPd", "_values_LGPd", "at", "capacity", "lengths")
 
     def __init__(self, arena: KvCache, at: int, capacity: int) -> None:
         self._first_layer = arena.layers.start
@@ -32,7 +35,12 @@ class SessionKv:
         self._values_LGPd = arena.values_LGPd
         self.at = at
         self.capacity = capacity
-        self.length = 0
+        self.lengths = [0] * len(arena.layers)
+
+    @property
+    def length(self) -> int:
+        """Positions that are valid in all layers."""
+        return min(self.lengths)
 
     def extend(self, layer: int, start: int, keys_TGd: Tensor, values_TGd: Tensor) -> tuple[Tensor, Tensor]:
         """Write T rows at `start` of a layer of the model and return all up to them, `[G, S, d]` views each."""
@@ -98,42 +106,51 @@ class KvCache:
         )
         return torch.stack((self.keys_LGPd[spans], self.values_LGPd[spans]), dim=1)
 
-    def begin(self, rows: tuple[SessionRows, ...]) -> tuple[SessionKv, ...]:
+    def begin(self, rows: tuple[SessionRows, ...], layers: Span | None = None) -> tuple[SessionKv, ...]:
         """Return the caches that these rows extend, in order; opens sessions that start at 0, truncates repeated ones.
 
-        A session that opens where others lie replaces them: the coordinator has given their place away, and its word
-        that they are over may still be on the way. Raises SessionLost when rows continue what is not here, Overloaded
-        when a place is outside the arena, StepFailed when a session stands twice. Then nothing has changed.
+        `layers`: of a step that leaves the others as they are. A session that opens where others lie replaces them:
+        the coordinator has given their place away, and its word that they are over may still be on the way. Raises
+        SessionLost when rows continue what is not here, Overloaded when a place is outside the arena, StepFailed when a
+        session stands twice. Then nothing has changed.
         """
         if len({part.session for part in rows}) != len(rows):
             raise StepFailed("a session stands twice in one step", remedy="split its rows over two steps")
-        for part in rows:
-            self._require_history(part)
-        for part in rows:
-            if part.start == 0:
+        touched = self._touched(layers)
+        opening = [part.start == 0 and (layers is None or part.session not in self._sessions) for part in rows]
+        for part, opens in zip(rows, opening, strict=True):
+            if opens:
+                self.require_place(part.session, part.at, part.capacity)
+            else:
+                self._require_history(part, touched)
+        for part, opens in zip(rows, opening, strict=True):
+            if opens:
                 self._open(part.session, part.at, part.capacity)
         for part in rows:
-            self._sessions[part.session].length = part.start
+            self._sessions[part.session].lengths[touched] = [part.start] * (touched.stop - touched.start)
         return tuple(self._sessions[part.session] for part in rows)
 
-    def commit(self, rows: tuple[SessionRows, ...]) -> None:
+    def commit(self, rows: tuple[SessionRows, ...], layers: Span | None = None) -> None:
         """Count the rows of a finished step as valid; raises SessionLost for a session released meanwhile."""
+        touched = self._touched(layers)
+        number = touched.stop - touched.start
         for part in rows:
             kv = self._sessions.get(part.session)
-            if kv is None or kv.length != part.start:
+            if kv is None or kv.lengths[touched] != [part.start] * number:
                 raise SessionLost(f"session {part.session} changed during its own step")
-            kv.length = part.start + part.count
+            kv.lengths[touched] = [part.start + part.count] * number
 
-    def restore(self, session: SessionId, *, at: int, capacity: int, length: int) -> SessionKv:
-        """Open a session that was computed before, elsewhere or under another plan, with `length` valid positions.
+    def restore(self, session: SessionId, *, at: int, capacity: int, lengths: Sequence[int]) -> SessionKv:
+        """Open a session that was computed before, elsewhere or under another plan.
 
-        Its rows are the caller's to write, by `rows`. Raises Overloaded as `begin` does.
+        `lengths`: valid positions, by layer. Their rows are the caller's to write, by `rows`. Raises Overloaded as
+        `begin` does.
         """
-        if not 0 <= length <= capacity:
-            raise SessionLost(f"session {session} is said to have {length} positions of {capacity}")
+        if max(lengths) > capacity:
+            raise SessionLost(f"session {session} is said to have {max(lengths)} positions of {capacity}")
         self.require_place(session, at, capacity)
         kv = self._open(session, at, capacity)
-        kv.length = length
+        kv.lengths = list(lengths)
         return kv
 
     def release(self, session: SessionId) -> None:
@@ -148,15 +165,20 @@ class KvCache:
                 remedy="lower max_tokens, or raise --kv-positions",
             )
 
-    def _require_history(self, part: SessionRows) -> None:
-        if part.start == 0:
-            self.require_place(part.session, part.at, part.capacity)
-            return
+    def _touched(self, layers: Span | None) -> slice:
+        """Return where the layers of a step stand among those of this worker."""
+        if layers is None:
+            return slice(0, len(self.layers))
+        both = layers & self.layers
+        return slice(both.start - self.layers.start, both.end - self.layers.start)
+
+    def _require_history(self, part: SessionRows, touched: slice) -> None:
         kv = self._sessions.get(part.session)
         if kv is None:
             raise SessionLost(f"session {part.session} is not here, its rows start at {part.start}")
-        if kv.length < part.start:
-            raise SessionLost(f"session {part.session} has {kv.length} positions here, its rows start at {part.start}")
+        length = min(kv.lengths[touched])
+        if length < part.start:
+            raise SessionLost(f"session {part.session} has {length} positions here, its rows start at {part.start}")
         if part.start + part.count > kv.capacity or part.at != kv.at:
             raise SessionLost(
                 f"session {part.session} has {kv.capacity} positions at {kv.at}, "

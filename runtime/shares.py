@@ -25,9 +25,10 @@ class StageShare:
 NO_SHARE = StageShare(layers=Span(0, 0), groups=Span(0, 0), ffn=Span(0, 0))
 
 
-def layer_ops(share: StageShare) -> range:
-    """Return the operations of a share's layers, those without tiles here too."""
-    return range(2 * share.layers.start, 2 * share.layers.end)
+def layer_ops(share: StageShare, layers: Span | None = None) -> range:
+    """Return the operations of a share's layers, or of those in `layers`; those without tiles here too."""
+    own = share.layers if layers is None else share.layers & layers
+    return range(2 * own.start, 2 * own.end)
 
 
 def vocab_ops(spec: ModelSpec) -> range:

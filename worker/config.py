@@ -28,7 +28,9 @@ class WorkerConfig:
     state_dir: Path | None = setting(None, "folder of keys and identities; default: $XDG_STATE_HOME/manyhands/worker")
     cache_dir: Path | None = setting(None, "folder of tiles; default: $XDG_CACHE_HOME/manyhands/worker")
     cache_limit: NumBytesText = setting("20GB", "most that tiles may take on disk")
-    spool_limit: NumBytesText = setting("4GB", "most that keys and values may take on disk while plans change")
+    spool_limit: NumBytesText = setting(
+        "4GB", "most on disk for keys and values between plans, and inputs kept for later stages"
+    )
     page_cache: PageCache = setting(
         PageCache.USE,
         "what streaming does with the page cache: use what is there, fill it and compute in it, or off",

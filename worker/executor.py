@@ -237,7 +237,7 @@ class Executor:
             if stage is not None
             else None
         )
-        parts = Parts(stage=stage, star=self._star, head=held.part.head, device=settings.device)
+        parts = Parts(stage=stage, star=self._star, head=held.part.head, device=settings.device, inputs=self._kv.inputs)
         return StepRunner(plan, self._own, parts, self._post)
 
     def _fail(self, error: ManyhandsError) -> None:

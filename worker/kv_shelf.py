@@ -2,28 +2,27 @@
 
 Knows nothing of links or of how a plan is loaded. While a worker's cells and the size of the arena stay as they were,
 its rows stay where they are; else they wait in the spool, and the arena is free before the next one is made. Two
-arenas at once would break the memory contract.
+arenas at once would break the memory contract. Each layer goes on with as many positions as there are of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from itertools import product
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby, product
 
 from protocol.ids import SessionId
-from protocol.messages import Carry, HeldKv
+from protocol.messages import Carry, HeldKv, HeldLayers, KeptInputs
 from protocol.plans import Plan
+from protocol.specs import Span
 from runtime.kv import KvCache
 from runtime.shares import StageShare
 from runtime.tensors import as_bytes, as_tensor
+from worker.kept_inputs import InputStore
 from worker.spool import Cell, Spool
 
 PIECE_ROWS = 1024
-
-
-def own_cells(share: StageShare) -> list[Cell]:
-    """Return the cells of a share."""
-    return [Cell(layer, group) for layer, group in product(share.layers, share.groups)]
+MOST_DETAILED = 256  # sessions of which more is told than one number, and how many details of each
+MOST_DETAILS = 4
 
 
 class KvShelf:
@@ -38,6 +37,11 @@ class KvShelf:
         """Bytes of the arena that sessions have reserved."""
         return self.arena.num_bytes if self.arena is not None else 0
 
+    @property
+    def inputs(self) -> InputStore:
+        """What is kept for later stages to be computed again."""
+        return self._spool.inputs
+
     def turn_to(self, plan: Plan, share: StageShare, positions: int, carries: Iterable[Carry]) -> None:
         """Make ready for a plan: keep the rows of these sessions, forget all others, free an arena that can't stay.
 
@@ -46,18 +50,23 @@ class KvShelf:
         carried = {carry.session: carry for carry in carries}
         spec, arena = plan.model, self.arena
         self._spool.shape(spec.head_dim * spec.activations.num_bytes)
+        self.inputs.turn_to(plan)
         self._spool.keep_only(carried)
+        self.inputs.keep_only(carried)
+        for session, carry in carried.items():  # what is beyond may be of tokens that never got into the log
+            self._spool.truncate(session, carry.computed)
+            self.inputs.truncate(session, carry.computed)
         if arena is None:
             return
         stays = (arena.spec, arena.layers, arena.groups, arena.positions) == (
             spec, share.layers, share.groups, positions,
         )  # fmt: skip
         for session in arena.lengths():
-            carry, place = carried.get(session), arena.find(session)
-            if place is None or (stays and carry and (carry.at, carry.capacity) == (place.at, place.capacity)):
+            goes_on, place = carried.get(session), arena.find(session)
+            if place is None or (stays and goes_on and (goes_on.at, goes_on.capacity) == (place.at, place.capacity)):
                 continue
-            if carry is not None and arena.spec == spec:
-                self._put_away(session, place.length)
+            if goes_on is not None and arena.spec == spec:
+                self._put_away(goes_on)
             arena.release(session)
         if not stays:
             self.arena = None
@@ -65,27 +74,30 @@ class KvShelf:
     def restore(
         self, arena: KvCache | None, share: StageShare, carries: Iterable[Carry], on_bytes: Callable[[int], None]
     ) -> tuple[HeldKv, ...]:
-        """Bring carried sessions back into the arena and return how many positions each has there.
+        """Bring carried sessions back into the arena and return what each has there, and what is kept beside.
 
         `on_bytes` is told of bytes read and may raise: then `turn_to` finds again what was here. An arena of None is
         a head's without layers, which needs no rows. Raises Overloaded when a place is outside the arena.
         """
         self.arena = arena
-        cells = own_cells(share)
         held: list[HeldKv] = []
-        for carry in carries:
+        for number, carry in enumerate(carries):
             place = arena.find(carry.session) if arena is not None else None
             if place is not None:  # it stayed
-                length = place.length = min(place.length, carry.computed)
+                lengths = place.lengths = [min(length, carry.computed) for length in place.lengths]
             else:
-                length = self._bring_back(arena, cells, carry, on_bytes)
-            if length:
-                held.append(HeldKv(session=carry.session, positions=length))
-        return tuple(held)
+                lengths = self._bring_back(arena, share, carry, on_bytes)
+            held.append(
+                _held(carry.session, share.layers, lengths, self.inputs.lengths(carry.session))
+                if number < MOST_DETAILED
+                else HeldKv(session=carry.session, positions=min(lengths))
+            )
+        return tuple(one for one in held if one.positions or one.layers or one.inputs)
 
     def release(self, session: SessionId) -> None:
         """Forget a session that is over."""
         self._spool.forget(session)
+        self.inputs.forget(session)
         if self.arena is not None:
             self.arena.release(session)
 
@@ -111,7 +123,7 @@ class KvShelf:
             found = self._spool.read(session, cell, start, count)
             return None if found is None else (bytes(found[0]), bytes(found[1]))
         place = arena.find(session)
-        if place is None or start + count > place.length:
+        if place is None or start + count > place.lengths[cell.layer - arena.layers.start]:
             return None
         keys_Td, values_Td = arena.rows(cell.layer, cell.group, place.at + start, count)
         return bytes(as_bytes(keys_Td)), bytes(as_bytes(values_Td))
@@ -123,44 +135,49 @@ class KvShelf:
         return self._spool.write(session, cell, start, keys, values)
 
     def _place(self, session: SessionId, cell: Cell) -> int | None:
-        """Return the length of a session whose cell is in the arena."""
+        """Return how many positions of a cell there are, of a session that is in the arena with it."""
         arena = self.arena
         if arena is None or cell.layer not in arena.layers or cell.group not in arena.groups:
             return None
         place = arena.find(session)
-        return place.length if place is not None else None
+        return place.lengths[cell.layer - arena.layers.start] if place is not None else None
 
-    def _put_away(self, session: SessionId, length: int) -> None:
-        arena = self.arena
+    def _put_away(self, carry: Carry) -> None:
+        arena, session = self.arena, carry.session
         place = arena.find(session) if arena is not None else None
         if arena is None or place is None:
             return
         for layer, group in product(arena.layers, arena.groups):
-            cell = Cell(layer, group)
+            length = min(place.lengths[layer - arena.layers.start], carry.computed)
             for start in range(0, length, PIECE_ROWS):
                 count = min(PIECE_ROWS, length - start)
                 keys_Td, values_Td = arena.rows(layer, group, place.at + start, count)
-                if not self._spool.write(session, cell, start, as_bytes(keys_Td), as_bytes(values_Td)):
+                if not self._spool.write(session, Cell(layer, group), start, as_bytes(keys_Td), as_bytes(values_Td)):
                     return
 
     def _bring_back(
-        self, arena: KvCache | None, cells: list[Cell], carry: Carry, on_bytes: Callable[[int], None]
-    ) -> int:
-        """Read a session's rows out of the spool; return how many positions it has now."""
-        session = carry.session
-        least = min((self._spool.length(session, cell) for cell in cells), default=carry.computed)
-        length = min(least, carry.computed, carry.capacity)
-        if arena is None or not length:
-            return length
+        self, arena: KvCache | None, share: StageShare, carry: Carry, on_bytes: Callable[[int], None]
+    ) -> list[int]:
+        """Read a session's rows out of the spool; return how many positions each layer has now."""
+        session, most = carry.session, min(carry.computed, carry.capacity)
+        if arena is None:
+            return [most]
+        lengths = [
+            min((self._spool.length(session, Cell(layer, group)) for group in share.groups), default=most)
+            for layer in share.layers
+        ]
+        lengths = [min(length, most) for length in lengths]
+        if not any(lengths):
+            return lengths
         arena.require_place(session, carry.at, carry.capacity)
-        for cell in cells:
-            if not self._read_into(arena, carry, cell, length):
-                return 0
-            on_bytes(length * self._row_bytes(arena))
-        arena.restore(session, at=carry.at, capacity=carry.capacity, length=length)
-        own = frozenset(cells)
-        self._spool.forget_cells(session, lambda cell: cell in own)
-        return length
+        for layer, length in zip(share.layers, lengths, strict=True):
+            for group in share.groups:
+                if not self._read_into(arena, carry, Cell(layer, group), length):
+                    return [0] * len(lengths)
+                on_bytes(length * self._row_bytes(arena))
+        arena.restore(session, at=carry.at, capacity=carry.capacity, lengths=lengths)
+        self._spool.forget_cells(session, lambda cell: cell.layer in share.layers and cell.group in share.groups)
+        return lengths
 
     def _read_into(self, arena: KvCache, carry: Carry, cell: Cell, length: int) -> bool:
         for start in range(0, length, PIECE_ROWS):
@@ -176,3 +193,21 @@ class KvShelf:
     @staticmethod
     def _row_bytes(arena: KvCache) -> int:
         return 2 * arena.spec.head_dim * arena.spec.activations.num_bytes
+
+
+def _held(session: SessionId, layers: Span, lengths: Sequence[int], inputs: Mapping[int, int]) -> HeldKv:
+    """Say what is here of a session; `lengths`: positions by layer. What there is no room for is not said."""
+    least = min(lengths)
+    runs: list[HeldLayers] = []
+    for length, run in groupby(range(len(lengths)), key=lengths.__getitem__):
+        numbers = [layers.start + number for number in run]
+        if length > least:
+            runs.append(HeldLayers(layers=Span(numbers[0], numbers[-1] + 1), positions=length))
+    most = sorted(runs, key=lambda run: run.positions * len(run.layers))[-MOST_DETAILS:]
+    kept = sorted(inputs.items(), key=lambda item: item[1])[-MOST_DETAILS:]
+    return HeldKv(
+        session=session,
+        positions=least,
+        layers=tuple(run for run in runs if run in most),
+        inputs=tuple(KeptInputs(layer=layer, positions=positions) for layer, positions in sorted(kept)),
+    )

@@ -1,7 +1,7 @@
 """Keys and values on this device's disk: where they lie between two plans, and where copies for a neighbour lie.
 
-Knows nothing of plans, arenas or tensors. One file without a name holds the rows of all sessions, so nothing of it
-outlives this process, however it ends, and nobody else can open it.
+Knows nothing of plans, arenas or tensors. One file holds the rows of all sessions. The inputs that are kept for later
+stages (`inputs`) lie there too, as long as keys and values leave them room.
 
 A cell is one KV-head group of one layer. Its rows lie in pages of 64 positions, keys before values; a page that a
 session no longer needs is used again. What is here of a cell always begins at position 0 and has no gap: rows that
@@ -12,8 +12,6 @@ computed again; a full disk is no error here.
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +19,8 @@ from typing import Final, NamedTuple
 
 from protocol.frames import Buffer
 from protocol.ids import SessionId
+from worker.kept_inputs import InputStore
+from worker.page_file import PageFile
 
 PAGE_ROWS: Final = 64
 _log = logging.getLogger(__name__)
@@ -46,18 +46,15 @@ class Spool:
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         """The file is made in `folder` when the first row is written; a folder that can't be written to holds none."""
-        self._folder = folder
-        self._limit_bytes = limit_bytes
+        self._pages = PageFile(folder, limit_bytes)
         self._row_bytes = 0
-        self._descriptor = -1
         self._sessions: dict[SessionId, dict[Cell, _Held]] = {}
-        self._free: list[int] = []
-        self._num_pages = 0
+        self.inputs = InputStore(self._pages)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the file."""
-        return self._num_pages * self._page_bytes
+        return self._pages.num_bytes
 
     @property
     def sessions(self) -> frozenset[SessionId]:
@@ -69,6 +66,7 @@ class Spool:
         if row_bytes != self._row_bytes:
             self.clear()
             self._row_bytes = row_bytes
+            self._pages.page_bytes = 2 * PAGE_ROWS * row_bytes
 
     def length(self, session: SessionId, cell: Cell) -> int:
         """Return how many positions, from the first one on, are here."""
@@ -86,8 +84,8 @@ class Spool:
         held = self._sessions.setdefault(session, {}).setdefault(cell, _Held())
         try:
             self._reserve(held, start + count)
-            for rows, offset, buffer in self._pieces(held, start, count, keys, values):
-                _write_all(self._descriptor, buffer[rows], offset)
+            for rows, page, place, buffer in self._pieces(held, start, count, keys, values):
+                self._pages.write(page, place, buffer[rows])
         except OSError as error:
             _log.warning("keys and values of session %d are not kept: %s", session, error.strerror or error)
             self.forget(session)
@@ -102,27 +100,30 @@ class Spool:
         held = self._sessions[session][cell]
         keys, values = (bytearray(count * self._row_bytes) for _ in range(2))
         try:
-            for rows, offset, buffer in self._pieces(held, start, count, keys, values):
-                buffer[rows] = _read_all(self._descriptor, rows.stop - rows.start, offset)
+            for rows, page, place, buffer in self._pieces(held, start, count, keys, values):
+                buffer[rows] = self._pages.read(page, place, rows.stop - rows.start)
         except OSError as error:
             _log.warning("keys and values of session %d can't be read again: %s", session, error.strerror or error)
             self.forget(session)
             return None
         return keys, values
 
+    def truncate(self, session: SessionId, length: int) -> None:
+        """Let go of positions from `length` on."""
+        for held in self._sessions.get(session, {}).values():
+            held.length = min(held.length, length)
+
     def forget(self, session: SessionId) -> None:
-        """Let go of a session."""
+        """Let go of a session's keys and values."""
         self.forget_cells(session, lambda cell: True)
 
     def forget_cells(self, session: SessionId, is_over: Callable[[Cell], bool]) -> None:
         """Let go of some cells of a session."""
         cells = self._sessions.get(session, {})
         for cell in [cell for cell in cells if is_over(cell)]:
-            self._free += cells.pop(cell).pages
+            self._pages.give_back(cells.pop(cell).pages)
         if not cells:
             self._sessions.pop(session, None)
-        if not self._sessions:
-            self._empty()
 
     def keep_only(self, sessions: Collection[SessionId]) -> None:
         """Let go of all other sessions."""
@@ -131,44 +132,24 @@ class Spool:
 
     def clear(self) -> None:
         """Let go of everything."""
-        self._sessions.clear()
-        self._empty()
+        self.keep_only(())
+        self.inputs.clear()
 
     def close(self) -> None:
         """Remove the file."""
-        self._sessions.clear()
-        self._free, self._num_pages = [], 0
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    @property
-    def _page_bytes(self) -> int:
-        return 2 * PAGE_ROWS * self._row_bytes
-
-    def _empty(self) -> None:
-        """Give the disk its room back."""
-        self._free, self._num_pages = [], 0
-        if self._descriptor >= 0:
-            os.ftruncate(self._descriptor, 0)
+        self.clear()
+        self._pages.close()
 
     def _reserve(self, held: _Held, length: int) -> None:
-        if self._descriptor < 0:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self._folder) as file:
-                self._descriptor = os.dup(file.fileno())
         while len(held.pages) * PAGE_ROWS < length:
-            if not self._free:
-                if (self._num_pages + 1) * self._page_bytes > self._limit_bytes:
-                    raise OSError(0, f"the spool is limited to {self._limit_bytes} bytes")
-                self._free.append(self._num_pages)
-                self._num_pages += 1
-            held.pages.append(self._free.pop())
+            if self._pages.is_full:  # inputs only save time
+                self.inputs.clear()
+            held.pages.append(self._pages.take())
 
     def _pieces(
         self, held: _Held, start: int, count: int, keys: Buffer, values: Buffer
-    ) -> Iterator[tuple[slice, int, memoryview]]:
-        """Yield for each page the bytes of the caller's buffer, their place in the file, and that buffer."""
+    ) -> Iterator[tuple[slice, int, int, memoryview]]:
+        """Yield for each page the bytes of the caller's buffer, the page, their place in it, and that buffer."""
         size = self._row_bytes
         both = (memoryview(keys), 0), (memoryview(values), PAGE_ROWS * size)
         position = start
@@ -177,24 +158,5 @@ class Spool:
             number = min(PAGE_ROWS - row, start + count - position)
             first = (position - start) * size
             for buffer, place in both:
-                offset = held.pages[page] * self._page_bytes + place + row * size
-                yield slice(first, first + number * size), offset, buffer
+                yield slice(first, first + number * size), held.pages[page], place + row * size, buffer
             position += number
-
-
-def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
-    while data:
-        written = write_at(descriptor, data, offset)
-        data, offset = data[written:], offset + written
-
-
-def _read_all(descriptor: int, length: int, offset: int) -> bytes:
-    data = os.pread(descriptor, length, offset)
-    if len(data) != length:
-        raise OSError(0, "the file was cut")
-    return data
-
-
-def write_at(descriptor: int, data: memoryview, offset: int) -> int:
-    """Write to a file; a seam for tests of full disks."""
-    return os.pwrite(descriptor, data, offset)

@@ -188,6 +188,7 @@ class WorkerState:
             pinned_bytes=ready.pinned_bytes,
             window_bytes=ready.window_bytes,
             held=ready.held,
+            knows_layers=True,
         )
 
     def _fail(self, error: ManyhandsError, lost: str) -> list[Effect]:

@@ -3,6 +3,10 @@
 Knows nothing of threads, commands or sockets: messages come in by method calls and go out through `Post`. Only the
 head holds token ids, and only the head is ever given a `Step`.
 
+A hub keeps what it hands to the next stage. A step through a part of the layers passes all stages as any other, but
+nothing is computed nor carried before its first layer and after its last; the hub that keeps what enters the first
+layer puts it in.
+
 Shapes: T rows of a batch, D hidden, V vocabulary.
 """
 
@@ -18,15 +22,18 @@ import torch
 from torch import Tensor
 
 from protocol.batches import Sampling, SessionRows, num_rows
-from protocol.errors import AccessRefused, FrameMalformed, ProtocolViolation, SessionLost
+from protocol.errors import AccessRefused, FrameMalformed, ProtocolViolation, SessionLost, StepFailed
+from protocol.frames import Buffer
 from protocol.ids import SessionId, WorkerId
 from protocol.messages import Activation, SampledToken, Step, StepDone
 from protocol.plans import Plan
+from protocol.specs import NO_LAYERS, Span
 from runtime.decoder import StageModel
 from runtime.head import Head
 from runtime.reduce import from_wire, to_wire
 from runtime.sampler import choose
 from runtime.tensors import dtype_of
+from worker.kept_inputs import InputStore
 from worker.star import Post, Star
 
 Rows = tuple[SessionRows, ...]
@@ -42,6 +49,19 @@ class HeadPost(Post, Protocol):
     def give_way(self) -> None:
         """Called before each operation of a step; raises what ends the step when something else is due."""
         ...
+
+
+class Batch(NamedTuple):
+    """Rows on their way through the stages; `layers`, unless empty: those that are computed again."""
+
+    step: int
+    rows: Rows
+    layers: Span = NO_LAYERS
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it passes through all layers."""
+        return not len(self.layers)
 
 
 class Work(NamedTuple):
@@ -67,6 +87,7 @@ class Parts:
     star: Star | None
     head: Head | None
     device: torch.device
+    inputs: InputStore | None = None
 
 
 class StepRunner:
@@ -104,7 +125,8 @@ class StepRunner:
             self._append(part, ids[at : at + part.count])
             at += part.count
         self._started[step.step] = self._clock()
-        self._hand_to(0, step.step, step.rows, head.embed(ids))
+        batch = self._batch(step.step, step.rows, step.layers)
+        self._hand_to(0, batch, head.embed(ids) if batch.is_whole or not batch.layers.start else None)
 
     def on_activation(self, sender: WorkerId, message: Activation, payload: memoryview) -> None:
         """Compute the stage a batch has come to, or sample it at the end. Raises ProtocolViolation when astray."""
@@ -114,17 +136,18 @@ class StepRunner:
             raise ProtocolViolation(
                 f"{sender} sent {message.format}, the plan's wire is {self._plan.wire}", node=sender
             )
-        shape = (num_rows(message.rows), self._plan.model.hidden)
-        try:
-            hidden_TD = from_wire(payload, self._plan.wire, shape)
-        except ProtocolViolation as error:
-            error.node = sender
-            raise
-        hidden_TD = hidden_TD.to(self._parts.device, dtype_of(self._plan.model.activations))
+        batch = self._batch(message.step, message.rows, message.layers)
+        hidden_TD = None
+        if payload.nbytes or batch.is_whole:
+            try:
+                hidden_TD = self._from_wire(payload, batch)
+            except ProtocolViolation as error:
+                error.node = sender
+                raise
         if message.stage == len(self._plan.stages):
-            self._finish(message.step, message.rows, hidden_TD)
+            self._finish(batch, hidden_TD)
         else:
-            self._compute(message.step, message.rows, hidden_TD)
+            self._compute(batch, hidden_TD)
 
     def release(self, sessions: Iterable[SessionId]) -> None:
         """Forget sessions and free their caches."""
@@ -133,53 +156,83 @@ class StepRunner:
             if self._parts.stage is not None:
                 self._parts.stage.release(session)
 
-    def _hand_to(self, stage: int, step: int, rows: Rows, hidden_TD: Tensor) -> None:
-        """Pass hidden states on to the hub of `stage`, or to the head after the last; here when that is this worker."""
-        # What crosses a stage's border is rounded to the wire's format, also where no wire is crossed.
-        hidden_TD = hidden_TD.to(dtype_of(self._plan.wire)).to(dtype_of(self._plan.model.activations))
+    def _hand_to(self, stage: int, batch: Batch, hidden_TD: Tensor | None) -> None:
+        """Pass a batch on to the hub of `stage`, or to the head after the last; here when that is this worker."""
+        if hidden_TD is not None:
+            # What crosses a stage's border is rounded to the wire's format, also where no wire is crossed.
+            hidden_TD = hidden_TD.to(dtype_of(self._plan.wire)).to(dtype_of(self._plan.model.activations))
         is_last = stage == len(self._plan.stages)
         target = self._plan.head if is_last else self._plan.stages[stage].hub_worker
         if target != self._own:
-            self._post.send((target,), self._activation(stage, step, rows), to_wire(hidden_TD, self._plan.wire))
+            self._post.send((target,), self._activation(stage, batch), self._to_wire(hidden_TD))
         elif is_last:
-            self._finish(step, rows, hidden_TD)
+            self._finish(batch, hidden_TD)
         else:
-            self._compute(step, rows, hidden_TD)
+            self._compute(batch, hidden_TD)
 
-    def _compute(self, step: int, rows: Rows, hidden_TD: Tensor) -> None:
+    def _compute(self, batch: Batch, hidden_TD: Tensor | None) -> None:
         star = self._parts.star
         if self._parts.stage is None or self._number is None or star is None:
             raise ProtocolViolation(f"{self._own} is a member of no stage", phase="step")
         stage = self._plan.stages[self._number]
         is_hub = stage.hub_worker == self._own
+        if hidden_TD is None and is_hub and self._plan.enters_after(self._number, batch.layers.start):
+            hidden_TD = self._kept(batch)
+        if is_hub and not batch.is_whole and not len(batch.layers & stage.layers):
+            self._hand_to(self._number + 1, batch, hidden_TD)
+            return
+        if hidden_TD is None:
+            raise StepFailed(f"what enters layer {batch.layers.start} did not come to {self._own}", phase="step")
         if is_hub and len(stage.members) > 1:
-            message, payload = self._activation(self._number, step, rows), to_wire(hidden_TD, self._plan.wire)
+            message, payload = self._activation(self._number, batch), self._to_wire(hidden_TD)
             self._post.send([share.worker for share in stage.members if share.worker != self._own], message, payload)
-        count = num_rows(rows)
+        count = num_rows(batch.rows)
         began = self._clock()
 
         def reduce(op: int, part_TD: Tensor | None) -> Tensor:
             self._post.give_way()
-            return star.reduce(step, count, op, part_TD)
+            return star.reduce(batch.step, count, op, part_TD)
 
-        hidden_TD = self._parts.stage.forward(hidden_TD, rows, reduce)
+        hidden_TD = self._parts.stage.forward(hidden_TD, batch.rows, reduce, None if batch.is_whole else batch.layers)
         self._count(began, steps=1)
         if is_hub:
-            self._hand_to(self._number + 1, step, rows, hidden_TD)
+            is_over = not batch.is_whole and batch.layers.end <= stage.layers.end
+            self._hand_to(self._number + 1, batch, None if is_over else hidden_TD)
+            self._keep(batch, stage.layers.end, hidden_TD)  # after it is on its way: nobody waits for the disk
 
-    def _finish(self, step: int, rows: Rows, hidden_TD: Tensor) -> None:
-        head, started = self._parts.head, self._started.pop(step, None)
+    def _keep(self, batch: Batch, layer: int, hidden_TD: Tensor) -> None:
+        """Keep what enters a later layer, unless this is the end, or the batch ended before that."""
+        inputs, is_reached = self._parts.inputs, batch.is_whole or batch.layers.end >= layer
+        if inputs is None or layer == self._plan.model.layers or not is_reached:
+            return
+        data, at = memoryview(self._to_wire(hidden_TD)), 0
+        row_bytes = data.nbytes // num_rows(batch.rows)
+        for part in batch.rows:
+            inputs.keep(part.session, layer, part.start, data[at : at + part.count * row_bytes])
+            at += part.count * row_bytes
+
+    def _kept(self, batch: Batch) -> Tensor | None:
+        """Return what enters the first layer of a batch; None when not all of it is kept here."""
+        inputs, layer = self._parts.inputs, batch.layers.start
+        if inputs is None:
+            return None
+        found = [inputs.read(part.session, layer, part.start, part.count) for part in batch.rows]
+        halves = [data for data in found if data is not None]
+        return self._from_wire(memoryview(b"".join(halves)), batch) if len(halves) == len(found) else None
+
+    def _finish(self, batch: Batch, hidden_TD: Tensor | None) -> None:
+        head, started = self._parts.head, self._started.pop(batch.step, None)
         if head is None or started is None:
-            raise ProtocolViolation(f"step {step} came back to {self._own}, which has not begun it", phase="step")
-        sampled = [part for part in rows if part.sample]
+            raise ProtocolViolation(f"step {batch.step} came back to {self._own}, which has not begun it", phase="step")
+        sampled = [part for part in batch.rows if part.sample]
         tokens = []
-        if sampled:
+        if sampled and hidden_TD is not None:
             began = self._clock()
-            logits_NV = head.logits(hidden_TD, rows)
+            logits_NV = head.logits(hidden_TD, batch.rows)
             tokens = [self._sample(part, logits_V) for part, logits_V in zip(sampled, logits_NV, strict=True)]
             self._count(began, steps=int(self._parts.stage is None))
         done = StepDone(
-            epoch=self._plan.epoch, step=step, tokens=tuple(tokens), step_s=max(0.0, self._clock() - started)
+            epoch=self._plan.epoch, step=batch.step, tokens=tuple(tokens), step_s=max(0.0, self._clock() - started)
         )
         self._post.send_up(done)
 
@@ -221,5 +274,25 @@ class StepRunner:
             return (hub,)
         return (plan.head if stage == 0 else plan.stages[stage - 1].hub_worker,)
 
-    def _activation(self, stage: int, step: int, rows: Rows) -> Activation:
-        return Activation(epoch=self._plan.epoch, step=step, stage=stage, format=self._plan.wire, rows=rows)
+    def _batch(self, step: int, rows: Rows, layers: Span) -> Batch:
+        """Put a batch together; raises ProtocolViolation for layers that are none, or that end before the sampler."""
+        if layers.end > self._plan.model.layers or (len(layers) and any(part.sample for part in rows)):
+            raise ProtocolViolation(f"step {step} can't go through layers {layers}", phase="step")
+        return Batch(step, rows, layers)
+
+    def _to_wire(self, hidden_TD: Tensor | None) -> Buffer:
+        return to_wire(hidden_TD, self._plan.wire) if hidden_TD is not None else b""
+
+    def _from_wire(self, payload: memoryview, batch: Batch) -> Tensor:
+        hidden_TD = from_wire(payload, self._plan.wire, (num_rows(batch.rows), self._plan.model.hidden))
+        return hidden_TD.to(self._parts.device, dtype_of(self._plan.model.activations))
+
+    def _activation(self, stage: int, batch: Batch) -> Activation:
+        return Activation(
+            epoch=self._plan.epoch,
+            step=batch.step,
+            stage=stage,
+            format=self._plan.wire,
+            rows=batch.rows,
+            layers=batch.layers,
+        )

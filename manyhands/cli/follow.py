@@ -66,7 +66,8 @@ def legs_text(legs: Sequence[Leg]) -> str:
     for number, leg in enumerate(legs):
         end = f" to {legs[number + 1].start}" if number + 1 < len(legs) else " on"
         why = f", after {leg.cause}" if leg.cause else ""
-        again = f"; {leg.repeated} positions were computed again" if leg.repeated else ""
+        of = f"layers {leg.layers.start} to {leg.layers.end - 1} of " if len(leg.layers) else ""
+        again = f"; {of}{leg.repeated} positions were computed again" if leg.repeated else ""
         lines.append(f"from token {leg.start + 1}{end}: plan {leg.words}{why}{again}")
         lines += [f"  {stage}" for stage in leg.stages]
     return "\n".join(lines)

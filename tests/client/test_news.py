@@ -33,6 +33,7 @@ from manyhands.cli.tables import (
 from manyhands.progress import StartWatch, essence
 from protocol.errors import DeadlineExceeded, PlanImpossible
 from protocol.messages import Leg
+from protocol.specs import Span
 
 
 def test_the_plan_as_rows() -> None:
@@ -226,3 +227,10 @@ def test_who_computed_an_answer() -> None:
         "from token 41 on: plan 1, after c is gone; 63 positions were computed again",
         "  layers 0 to 5: a, b",
     ]
+
+
+def test_an_answer_tells_which_layers_were_computed_again() -> None:
+    leg = Leg(epoch=2, start=40, words="1", stages=(), repeated=63, cause="c is gone", layers=Span(4, 6))
+    assert legs_text([leg]) == (
+        "from token 41 on: plan 1, after c is gone; layers 4 to 5 of 63 positions were computed again"
+    )

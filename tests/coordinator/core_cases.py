@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TypeVar
 
 from coordinator.events import (
@@ -120,9 +120,10 @@ def progressed(name: str, epoch: int, done_bytes: int, *, phase: str = "fetch") 
     return LoadProgressed(worker=WorkerId(name), progress=progress)
 
 
-def loaded(name: str, epoch: int, held: Mapping[SessionId, int] | None = None) -> WorkerLoaded:
-    claims = tuple(HeldKv(session=session, positions=positions) for session, positions in (held or {}).items())
-    message = Loaded(epoch=epoch, weight_bytes=1, fetched_bytes=1, resident_bytes=1, load_s=0.1, held=claims)
+def loaded(name: str, epoch: int, held: Iterable[HeldKv] = ()) -> WorkerLoaded:
+    message = Loaded(
+        epoch=epoch, weight_bytes=1, fetched_bytes=1, resident_bytes=1, load_s=0.1, held=tuple(held), knows_layers=True
+    )
     return WorkerLoaded(worker=WorkerId(name), loaded=message)
 
 

@@ -14,6 +14,7 @@ from coordinator.memory import KvRoom, StepBounds
 from coordinator.planner import PlanRequest
 from coordinator.policy import ClusterPolicy
 from coordinator.registry import Registry
+from coordinator.replays import NOTHING, Remains, Repeated
 from coordinator.shares import parse_words
 from protocol.contract import SLACK_BYTES
 from protocol.errors import DeadlineExceeded, ManyhandsError, PeerLost, PlanImpossible, StepFailed
@@ -36,9 +37,9 @@ class Service:
     def prepare(self, plan: Plan, room: KvRoom) -> tuple[Carry, ...]:
         return ()
 
-    def serve(self, plan: Plan, held: Mapping[SessionId, int]) -> int:
+    def serve(self, plan: Plan, remains: Mapping[SessionId, Remains]) -> Repeated:
         self.is_held = False
-        return 0
+        return NOTHING
 
     def interrupt(self, error: ManyhandsError, now: float) -> list[Effect]:
         self.causes.append(error.message)
@@ -225,7 +226,7 @@ def test_a_step_that_succeeds_ends_the_long_pauses() -> None:
         stand.advance(30.0)
         stand.answer_probe()
         stand.load_all()
-    stand.core.succeeded(stand.now)
+    stand.core.succeeded(stand.now, has_token=True)
     stand.fault("b")
     assert "pausing 1 s" in stand.core.detail
 

@@ -20,6 +20,7 @@ from coordinator.events import (
 from coordinator.memory import Candidate, KvRoom, StepBounds
 from coordinator.planner import PlanRequest, make_plan
 from coordinator.policy import ClusterPolicy
+from coordinator.replays import Kept, Remains
 from coordinator.sessions import Sessions
 from coordinator.shares import parse_words
 from protocol.errors import (
@@ -35,6 +36,7 @@ from protocol.errors import (
 from protocol.ids import SessionId, WorkerId
 from protocol.messages import FinishReason, Release, SampledToken, Step, StepDone, Usage
 from protocol.plans import Plan
+from protocol.specs import NO_LAYERS, Span
 
 SPEC = make_spec(layers=4, max_positions=512, vocab=1000)
 
@@ -48,7 +50,12 @@ def make_test_plan(words: str = "1/1", epoch: int = 1) -> Plan:
 
 def serve(sessions: Sessions, plan: Plan, room: KvRoom, held: Mapping[SessionId, int] | None = None) -> int:
     sessions.prepare(plan, room)
-    return sessions.serve(plan, held or {})
+    return sessions.serve(plan, remains(held or {})).positions
+
+
+def remains(held: Mapping[SessionId, int]) -> dict[SessionId, Remains]:
+    """What is left where all layers have the same positions."""
+    return {session: Remains([positions] * SPEC.layers) for session, positions in held.items()}
 
 
 def serving(
@@ -384,7 +391,7 @@ def test_a_session_goes_on_where_the_workers_end(held: dict[SessionId, int], sta
     plan = make_test_plan("1", 2)
     (carry,) = sessions.prepare(plan, KvRoom(100, WorkerId("b")))
     assert (carry.session, carry.at, carry.capacity, carry.computed) == (1, 0, 23, 7)
-    assert sessions.serve(plan, held) == 7 - start
+    assert sessions.serve(plan, remains(held)).positions == 7 - start
     (sent,) = of(SendStep, sessions.schedule(2.0))
     (rows,) = sent.step.rows
     assert (rows.start, rows.count, rows.sample) == (start, count, True)
@@ -399,7 +406,8 @@ def test_what_workers_once_had_may_still_be_there_after_a_plan_that_had_nothing(
         plan = make_test_plan("1", epoch)
         (carry,) = sessions.prepare(plan, KvRoom(100, WorkerId("b")))
         assert carry.computed == 7
-        assert sessions.serve(plan, {SessionId(1): 7} if epoch == 3 else {}) == (7 if epoch == 2 else 0)
+        repeated = sessions.serve(plan, remains({SessionId(1): 7} if epoch == 3 else {}))
+        assert repeated.positions == (7 if epoch == 2 else 0)
 
 
 def test_what_was_said_is_not_said_again() -> None:
@@ -489,3 +497,82 @@ def test_stopping_fails_everything_and_everybody_after() -> None:
     failed = of(SessionFailed, sessions.stop("stopping"))
     assert [one.session for one in failed] == [1, 2]
     assert isinstance(error_of(begin(sessions, 3)), Overloaded)
+
+
+# ---------------------------------------------------------------- a part of the layers
+
+
+def lacking_the_middle(sessions: Sessions, *numbers: int, kept_until: int = 99) -> Plan:
+    """Serve a plan under which the layers 1 and 2 lack all that these sessions had, and 0 has the inputs of layer 1."""
+    sessions.interrupt(PeerLost("b is gone"), 2.0)
+    plan = make_test_plan("1", 2)
+    sessions.prepare(plan, KvRoom(200, WorkerId("b")))
+    left = Remains([99, 0, 0, 99], {1: Kept(kept_until, 0)})
+    sessions.serve(plan, {SessionId(number): left for number in numbers})
+    return plan
+
+
+def test_what_some_layers_lack_is_computed_through_these_alone_and_then_the_session_goes_on() -> None:
+    sessions = decoding(10)  # 13 tokens, 12 positions, chunks of 8
+    lacking_the_middle(sessions, 1)
+    seen = []
+    for token in (None, None, 60):
+        (sent,) = of(SendStep, sessions.schedule(2.0))
+        (rows,) = sent.step.rows
+        seen.append((sent.step.layers, rows.start, rows.count, rows.sample))
+        answer = () if token is None else (token,)
+        committed = of(TokensCommitted, sessions.step_finished(done(sent.step, *answer), 3.0))
+        assert [one.tokens for one in committed] == [answer] * (token is not None)
+    some = Span(1, 3)
+    assert seen == [(some, 0, 8, False), (some, 8, 4, False), (NO_LAYERS, 12, 1, True)]
+
+
+def test_what_inputs_do_not_reach_is_computed_through_all_layers() -> None:
+    sessions = decoding(10)
+    lacking_the_middle(sessions, 1, kept_until=5)
+    (step,) = steps(sessions.schedule(2.0))
+    assert (step.layers, step.rows[0].start, step.rows[0].count) == (Span(1, 3), 0, 5)
+    assert sessions.step_finished(done(step), 3.0) == []
+    (step,) = steps(sessions.schedule(2.0))
+    assert (step.layers, step.rows[0].start, step.rows[0].count) == (NO_LAYERS, 5, 8)
+
+
+def test_sessions_that_lack_the_same_share_a_step_and_others_take_turns_with_them() -> None:
+    sessions = serving(words="1")
+    (step,) = steps(begin(sessions, 1, 2, 3, max_tokens=20))
+    for _ in range(4):
+        tokens = [50] * sum(part.sample for part in step.rows)
+        sessions.step_finished(done(step, *tokens), 1.0)
+        (step,) = steps(sessions.schedule(1.0))
+    lacking_the_middle(sessions, 1, 2)
+    seen = []
+    for _ in range(3):
+        (step,) = steps(sessions.schedule(2.0))
+        seen.append((step.layers, {part.session: part.count for part in step.rows}))
+        sessions.step_finished(done(step, *[51] * sum(part.sample for part in step.rows)), 2.0)
+    some = Span(1, 3)
+    assert seen == [(some, {1: 6, 2: 2}), (NO_LAYERS, {1: 1, 3: 5}), (some, {2: 3})]
+
+
+def test_a_plan_that_ends_meanwhile_leaves_nothing_of_it() -> None:
+    sessions = decoding(10)
+    lacking_the_middle(sessions, 1)
+    steps(sessions.schedule(2.0))
+    sessions.interrupt(PeerLost("c is gone"), 3.0)
+    serve(sessions, make_test_plan("1", 3), KvRoom(100, WorkerId("b")), {SessionId(1): 12})
+    (step,) = steps(sessions.schedule(4.0))
+    assert (step.layers, step.rows[0].start, step.rows[0].sample) == (NO_LAYERS, 12, True)
+
+
+def test_sessions_whose_inputs_lie_with_two_hubs_share_no_step() -> None:
+    sessions = serving(words="1")
+    (step,) = steps(begin(sessions, 1, 2, max_tokens=20))
+    for _ in range(2):
+        sessions.step_finished(done(step, *[50] * sum(part.sample for part in step.rows)), 1.0)
+        (step,) = steps(sessions.schedule(1.0))
+    sessions.interrupt(PeerLost("b is gone"), 2.0)
+    plan = make_test_plan("1/1", 2)
+    sessions.prepare(plan, KvRoom(200, WorkerId("b")))
+    left = {SessionId(number): Remains([99, 99, 0, 99], {2: Kept(99, number - 1)}) for number in (1, 2)}
+    sessions.serve(plan, left)
+    assert [len(step.rows) for step in steps(sessions.schedule(2.0)) if len(step.layers)] == [1, 1]

@@ -7,10 +7,12 @@ from core_cases import make_spec
 from coordinator.memory import Candidate, StepBounds
 from coordinator.planner import PlanRequest, make_plan
 from coordinator.readiness import make_ready
+from coordinator.replays import NOTHING, Repeated
 from coordinator.shares import parse_words
 from coordinator.story import MAX_HAPPENINGS, MAX_RECOVERIES, Story
 from protocol.ids import WorkerId
 from protocol.plans import Plan
+from protocol.specs import Span
 from protocol.tiles import HEAD_KINDS
 
 HEAD, B, C = map(WorkerId, ("head", "b", "c"))
@@ -28,32 +30,33 @@ def test_a_recovery_goes_from_the_loss_over_failed_plans_to_the_next_token() -> 
     story.planned(10.1, plan, plan.tiles_of(B)[:2])
     story.broke(10.5, "it broke")  # while loading: the same recovery goes on
     story.planned(11.0, plan, [])
-    story.ready(12.0, fetched_bytes=5, worker_load_s=0.5, repeated=40)
+    some = Repeated(40, 80, Span(1, 3))
+    story.ready(12.0, plan, fetched_bytes=5, worker_load_s=0.5, repeated=some)
     story.resumed(12.5)
     story.resumed(13.0)
     (recovery,) = story.recoveries
     assert (recovery.cause, recovery.epoch) == ("b is gone", 7)
     assert (recovery.began_at, recovery.planned_at, recovery.ready_at, recovery.resumed_at) == (10.0, 11.0, 12.0, 12.5)
-    assert (recovery.fetched_bytes, recovery.worker_load_s, recovery.repeated) == (5, 0.5, 40)
+    assert (recovery.fetched_bytes, recovery.worker_load_s, recovery.repeated) == (5, 0.5, some)
     texts = [happening.text for happening in story.happenings]
     assert "2 tiles to fetch (" in texts[0]
-    assert texts[-1] == "ready; 40 positions to compute again"
+    assert texts[-1] == "ready; layers 1 to 2 of 40 positions to compute again"
 
 
 def test_a_first_plan_is_no_recovery() -> None:
     story = Story()
     story.planned(1.0, plan_of("1", HEAD), [])
-    story.ready(2.0, fetched_bytes=0, worker_load_s=0.0, repeated=0)
+    story.ready(2.0, plan_of("1", HEAD), fetched_bytes=0, worker_load_s=0.0, repeated=NOTHING)
     story.resumed(3.0)
     assert not story.recoveries
 
 
 def test_the_latest_of_each_are_kept() -> None:
-    story = Story()
+    story, plan = Story(), plan_of("1", HEAD)
     for number in range(100):
         story.tell(float(number), str(number))
         story.broke(float(number), str(number))
-        story.ready(float(number), fetched_bytes=0, worker_load_s=0.0, repeated=0)
+        story.ready(float(number), plan, fetched_bytes=0, worker_load_s=0.0, repeated=NOTHING)
     assert (len(story.happenings), len(story.recoveries)) == (MAX_HAPPENINGS, MAX_RECOVERIES)
     assert story.recoveries[-1].cause == "99"
 

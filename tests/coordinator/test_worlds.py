@@ -94,6 +94,15 @@ def test_a_coordinator_that_starts_again_repeats_nothing_when_it_waits_for_its_c
     assert [leg for leg in legs if leg.repeated] == []
 
 
+def test_a_stage_that_is_lost_has_only_its_own_layers_computed_again() -> None:
+    """Both ways: from what a hub kept, and, for the first layers, from the embedding."""
+    worlds = [_calm_world(seed, Trouble.KILL) for seed in range(40)]
+    repeated = [leg for world in worlds for leg in _legs(world) if leg.repeated]
+    parts = {leg.layers for leg in repeated if len(leg.layers)}
+    assert {bool(layers.start) for layers in parts} == {True, False}
+    assert len([leg for leg in repeated if len(leg.layers)]) > len(repeated) / 4
+
+
 def test_a_session_that_breaks_every_plan_takes_no_other_with_it() -> None:
     ends = [_calm_world(seed, poison=0).primary.journal.requests[SessionId(0)].end for seed in range(12)]
     assert all(isinstance(end, SessionFailed) for end in ends)

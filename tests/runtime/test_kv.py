@@ -174,11 +174,45 @@ def test_any_order_of_events_keeps_places_and_lengths(events):
 def test_a_restored_session_goes_on_where_it_was():
     cache = make_cache()
     step(cache, row(1, 0, 4))
-    cache.restore(SessionId(2), at=20, capacity=20, length=6)
+    cache.restore(SessionId(2), at=20, capacity=20, lengths=[6] * SPEC.layers)
     step(cache, row(2, 6, 1))
     step(cache, row(2, 3, 2))  # another worker held less of it
     assert cache.lengths() == {1: 4, 2: 5}
     with pytest.raises(Overloaded):
-        cache.restore(SessionId(3), at=90, capacity=20, length=1)
+        cache.restore(SessionId(3), at=90, capacity=20, lengths=[1] * SPEC.layers)
     with pytest.raises(SessionLost, match="21 positions of 20"):
-        cache.restore(SessionId(3), at=40, capacity=20, length=21)
+        cache.restore(SessionId(3), at=40, capacity=20, lengths=[21] * SPEC.layers)
+
+
+def test_a_step_through_some_layers_leaves_the_others_as_they_are():
+    cache, some = make_cache(), Span(1, 2)
+    lengths = [6] * SPEC.layers
+    lengths[1] = 0
+    cache.restore(SessionId(1), at=0, capacity=20, lengths=lengths)
+    assert cache.lengths() == {1: 0}
+    for start, count in ((0, 4), (4, 2)):
+        (kv,) = cache.begin((row(1, start, count),), some)
+        assert kv.lengths == [6 if layer != 1 else start for layer in range(SPEC.layers)]
+        cache.commit((row(1, start, count),), some)
+    assert cache.lengths() == {1: 6}
+    step(cache, row(1, 6, 1))
+    assert cache.lengths() == {1: 7}
+
+
+def test_rows_of_some_layers_need_their_history_there_alone():
+    cache, some = make_cache(), Span(0, 1)
+    cache.restore(SessionId(1), at=0, capacity=20, lengths=[4] + [2] * (SPEC.layers - 1))
+    with pytest.raises(SessionLost, match="has 2 positions"):
+        cache.begin((row(1, 4, 1),))
+    cache.begin((row(1, 4, 1),), some)
+    with pytest.raises(SessionLost, match="has 20 positions at 0"):
+        cache.begin((row(1, 0, 1, at=40),), some)
+
+
+def test_some_layers_of_a_session_that_is_not_here_begin_at_its_beginning():
+    cache, some = make_cache(), Span(0, 1)
+    with pytest.raises(SessionLost, match="is not here"):
+        cache.begin((row(1, 2, 1),), some)
+    cache.begin((row(1, 0, 2),), some)
+    cache.commit((row(1, 0, 2),), some)
+    assert cache.find(SessionId(1)).lengths == [2] + [0] * (SPEC.layers - 1)

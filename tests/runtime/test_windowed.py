@@ -10,11 +10,14 @@ import pytest
 import torch
 from tiles_of import KERNELS, Crew, FolderFiles, load, make_model, quantised_source, shares, spec_of, whole
 
+from protocol.batches import SessionRows
 from protocol.errors import BudgetTooSmall, StorageFailed
-from protocol.specs import ActivationFormat, ModelSpec, WeightFormat
+from protocol.ids import SessionId
+from protocol.specs import ActivationFormat, ModelSpec, Span, WeightFormat
 from runtime.fused import block_bytes
 from runtime.kernels import Kernels
 from runtime.page_cache import PageCache
+from runtime.reduce import sum_partials
 from runtime.shares import used_ops
 
 FORMATS = {
@@ -156,3 +159,32 @@ def test_cuts_do_not_change_the_weights(name: str, crews: list[Crew]) -> None:
     one, two = (logits_of(crew)[0] for crew in crews)
     tolerance = 1e-4 if FORMATS[name] == FORMATS["float32"] else 0.06
     torch.testing.assert_close(one, two, rtol=0, atol=tolerance * float(one.abs().max()))
+
+
+def test_some_layers_alone_write_the_rows_of_all_and_stream_no_less_right(tmp_path: Path, crews: list[Crew]) -> None:
+    """The ring passes over the blocks of the other layers, time and again."""
+    spec = spec_in("float32")
+    share, rows = whole(spec)[0][0], [_rows(0, 5), _rows(5, 4), _rows(9, 2)]
+    largest = max(block_bytes(spec, share, op) for op in used_ops(spec, share, is_head=False))
+    crews.append(Crew(spec, MODEL, whole(spec), left_bytes=2 * largest, files=FolderFiles(tmp_path)))
+    stage = crews[0].stages[0][0]
+    assert crews[0].parts[0][0].window.streamed
+
+    def run(hidden: torch.Tensor, part: SessionRows, layers: Span | None) -> torch.Tensor:
+        return stage.forward(hidden, (part,), lambda op, own: sum_partials([own], spec.activations), layers)
+
+    inputs, ends = [], []
+    for part in rows:
+        embedded = crews[0].head.embed(PROMPT[part.start : part.start + part.count])
+        inputs.append(run(embedded, part, Span(0, 1)))
+        ends.append(run(inputs[-1], part, Span(1, 3)))
+    wanted = [stage.kv.keys_LGPd.clone(), stage.kv.values_LGPd.clone()]
+    stage.kv.keys_LGPd[1, :, :11] = stage.kv.values_LGPd[1, :, :11] = 7.0
+    for part, hidden in zip(rows, inputs, strict=True):
+        run(hidden, part, Span(1, 2))
+    assert all(map(torch.equal, wanted, (stage.kv.keys_LGPd, stage.kv.values_LGPd)))
+    assert torch.equal(run(inputs[-1], rows[-1], Span(1, 3)), ends[-1])
+
+
+def _rows(start: int, count: int) -> SessionRows:
+    return SessionRows(session=SessionId(1), start=start, count=count, capacity=20)

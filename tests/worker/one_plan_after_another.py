@@ -94,14 +94,15 @@ def main(folder: Path) -> None:
             on_read=lambda _: None, kv=kv.arena, shelf=shelf,
         )  # fmt: skip
         stage = held.part.stage
-        carried = kv.restore(stage.kv if stage else None, share, (CARRY,), lambda _: None)
+        held_kv = kv.restore(stage.kv if stage else None, share, (CARRY,), lambda _: None)
+        carried = [one.positions for one in held_kv if one.positions]
         print(
             json.dumps(
                 {
                     "predicted": held.predicted_bytes,
                     "peak": peak_bytes(),
                     "read": num_read,
-                    "held": [one.positions for one in carried],
+                    "held": carried,
                     "window": held.window_bytes,
                 }
             )

@@ -106,7 +106,7 @@ class Run:
     def held(self, name: str, plan: Plan) -> dict[int, int]:
         ready = self.cluster.ready(name, plan.epoch)
         assert ready is not None
-        return {one.session: one.positions for one in ready.held}
+        return {one.session: one.positions for one in ready.held if one.positions}
 
     def step(self, plan: Plan, session: int, count: int) -> None:
         log = self.logs[session]

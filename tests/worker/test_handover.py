@@ -74,7 +74,7 @@ def arena_of(length: int, seed: int = 0) -> KvCache:
     torch.manual_seed(seed)
     arena.keys_LGPd.normal_()
     arena.values_LGPd.normal_()
-    arena.restore(ONE, at=0, capacity=64, length=length)
+    arena.restore(ONE, at=0, capacity=64, lengths=[length] * SPEC.layers)
     return arena
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol.ids import SessionId
-from worker import spool as spool_module
+from worker import page_file
 from worker.spool import PAGE_ROWS, Cell, Spool
 
 ROW = 6
@@ -87,7 +87,7 @@ def test_a_full_disk_costs_one_session(spool: Spool, monkeypatch: pytest.MonkeyP
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
-        patched.setattr(spool_module, "write_at", full)
+        patched.setattr(page_file, "write_at", full)
         assert not spool.write(TWO, CELL, 0, rows(3, 5), rows(4, 5))
     assert spool.sessions == {ONE}
     assert spool.read(ONE, CELL, 0, 5) == (rows(1, 5), rows(2, 5))

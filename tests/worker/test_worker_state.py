@@ -151,7 +151,10 @@ def test_what_is_told() -> None:
     state.handle(spoiled(4))
     state.handle(fetched(4, 6))
     (tell,) = state.handle(ready(4))
-    assert tell == Tell(message=Loaded(epoch=4, weight_bytes=7, fetched_bytes=11, resident_bytes=8, load_s=0.5))
+    loaded = Loaded(
+        epoch=4, weight_bytes=7, fetched_bytes=11, resident_bytes=8, load_s=0.5, knows_layers=True
+    )  # fmt: skip
+    assert tell == Tell(message=loaded)
     (told,) = state.handle(lost(4))
     assert isinstance(told, Tell)
     assert isinstance(told.message, Fault)

@@ -19,7 +19,7 @@ from protocol.ids import SessionId, WorkerId
 from protocol.messages import LinkMode, LinkOrder, Peer, Relay, SessionSampling, Step, StepDone
 from protocol.plans import Plan, Share, Stage
 from protocol.security import Gate, KeyPair
-from protocol.specs import ActivationFormat, ModelSpec, RopeSpec, Span, WeightFormat
+from protocol.specs import NO_LAYERS, ActivationFormat, ModelSpec, RopeSpec, Span, WeightFormat
 from protocol.tiles import TileEntry, TileId, all_tiles, tile_bytes, tile_parts
 from protocol.transport import bind_router, envelope_of
 from worker.commands import NO_ORDERS, Attach, Begin, KvOrders, LoadTiles, Ready, Report, Stop
@@ -189,6 +189,7 @@ class TinyCluster:
         *,
         history: int | None = None,
         sampling: Sampling = GREEDY,
+        layers: Span = NO_LAYERS,
     ) -> None:
         """Send a step to the head; `history` of the ids come before the rows of a session that it does not know yet."""
         fresh = tuple(
@@ -196,7 +197,7 @@ class TinyCluster:
             for one in rows
             if history is not None
         )
-        message = Step(epoch=plan.epoch, step=number, rows=tuple(rows), opens=fresh)
+        message = Step(epoch=plan.epoch, step=number, rows=tuple(rows), opens=fresh, layers=layers)
         route = f"{plan.head}/data".encode()
         self._router.send_multipart([route, *encode(message, np.asarray(ids, "<i4").tobytes())])
 

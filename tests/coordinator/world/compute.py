@@ -13,8 +13,9 @@ from core_cases import done, faulted, loaded, progressed
 
 from coordinator.events import StepFinished
 from protocol.ids import SessionId, WorkerId
-from protocol.messages import KvMove, Load, Step, WorkerPhase
+from protocol.messages import Cells, KvMove, Load, Step, WorkerPhase
 from protocol.plans import Plan
+from protocol.specs import Span
 from world.model import FoldedLog
 from world.shelf import Shelf, cells_in
 
@@ -102,6 +103,8 @@ class Compute:
         for carry in kept:
             if self.world.chance(self.world.scenario.spool_loss):
                 self.shelf.truncate(carry.session, self.world.dice.randint(0, carry.computed))
+            if self.world.chance(self.world.scenario.spool_loss):
+                self.shelf.lose_inputs(carry.session)
         self._fetch(self.world.dice.randint(0, 4))
         self._link()
 
@@ -203,9 +206,10 @@ class Compute:
         if load is None or not gives:
             return
         for carry in load.carries:
-            for give in gives:
-                length = min(shelf.length(carry.session, cell) for cell in cells_in(give.cells))
-                self._rows(peer, carry.session, give, 0, min(length, carry.computed))
+            for layer, give in [(layer, one) for one in gives for layer in one.cells.layers]:
+                cells = Cells(layers=Span(layer, layer + 1), groups=give.cells.groups)
+                length = min(shelf.length(carry.session, cell) for cell in cells_in(cells))
+                self._rows(peer, carry.session, cells, 0, min(length, carry.computed))
         own = self.name
 
         def end(other: Compute) -> None:
@@ -215,10 +219,10 @@ class Compute:
 
         self._to_peer(peer, end)
 
-    def _rows(self, peer: WorkerId, session: SessionId, move: KvMove, start: int, end: int) -> None:
+    def _rows(self, peer: WorkerId, session: SessionId, cells: Cells, start: int, end: int) -> None:
         def take(other: Compute) -> None:
             other._moved_at = other.world.now
-            other.shelf.take(session, move.cells, start, end)
+            other.shelf.take(session, cells, start, end)
 
         if end > start:
             self._to_peer(peer, take)
@@ -235,7 +239,7 @@ class Compute:
             return
         self._awaited = set()
         self.is_ready = True
-        held = self.shelf.restore(load.carries) if self.name in plan.workers else {}
+        held = self.shelf.restore(load.carries) if self.name in plan.workers else ()
         self.worker.say(loaded(self.name, self.epoch, held))
 
     # ------------------------------------------------------------ steps
@@ -261,24 +265,34 @@ class Compute:
             tokens = tokens[part.count :]
             if part.sample:
                 answer.append(log.next_token)
-        self._into(0, step, answer)
+        self._into(0, step, answer, is_filled=not step.layers.start)
 
-    def _into(self, stage: int, step: Step, answer: list[int]) -> None:
-        """Hand a batch to the hub of a stage, or, after the last, back to the head."""
+    def _into(self, stage: int, step: Step, answer: list[int], *, is_filled: bool) -> None:
+        """Hand a batch to the hub of a stage, or, after the last, back to the head; `is_filled`: with hidden states."""
         plan = self.plan
         if plan is None:
             return
         target = plan.head if stage == len(plan.stages) else plan.stages[stage].hub_worker
-        self._to_peer(target, lambda other: other._take_batch(stage, step, answer))
+        self._to_peer(target, lambda other: other._take_batch(stage, step, answer, is_filled=is_filled))
 
-    def _take_batch(self, stage: int, step: Step, answer: list[int]) -> None:
+    def _take_batch(self, stage: int, step: Step, answer: list[int], *, is_filled: bool) -> None:
         plan = self.plan
         if plan is None or not self.is_loaded:
             return
         if stage == len(plan.stages):
+            assert is_filled or not answer, f"{step} is sampled from nothing"
             event = StepFinished(worker=self.name, done=done(step, *answer))
             self.worker.say(event, "data")
             return
+        own, first = plan.stages[stage].layers, step.layers.start
+        is_filled = is_filled or (
+            plan.enters_after(stage, first) and all(self.shelf.can_put_in(part, first) for part in step.rows)
+        )
+        if len(step.layers) and not len(step.layers & own):
+            self._into(stage + 1, step, answer, is_filled=is_filled)
+            return
+        assert is_filled, f"nobody before {self.name} kept what enters layer {first}"
+        is_over = len(step.layers) > 0 and step.layers.end <= own.end
         others = [share.worker for share in plan.stages[stage].members if share.worker != self.name]
         self._parts[step.step] = len(others) + 1
 
@@ -288,7 +302,10 @@ class Compute:
             hub._parts[step.step] -= 1
             if not hub._parts[step.step]:
                 del hub._parts[step.step]
-                hub._into(stage + 1, step, answer)
+                if own.end < plan.model.layers and (not len(step.layers) or step.layers.end >= own.end):
+                    for part in step.rows:
+                        hub.shelf.keep(part, own.end)
+                hub._into(stage + 1, step, answer, is_filled=not is_over)
 
         for other in others:
             self._to_peer(other, lambda member: member._compute(step, lambda: member._to_peer(self.name, part_came)))
@@ -304,8 +321,9 @@ class Compute:
                 self._fail()
                 return
             self.progress += 1
+            layers = step.layers & self.shelf.layers if len(step.layers) else self.shelf.layers
             for part in step.rows:
-                self.shelf.compute(part)
+                self.shelf.compute(part, layers)
             self._mirror(step)
             then()
 
@@ -316,7 +334,7 @@ class Compute:
         """Send the rows that a peer keeps a copy of, from the first one that it was not sent yet."""
         for move in self._load.mirrors if self._load is not None else ():
             for part in step.rows:
-                end = part.start + part.count
+                end = self.shelf.least(part.session)
                 start = self._mirrored.get((move.peer, part.session), 0)
-                self._rows(move.peer, part.session, move, start, end)
+                self._rows(move.peer, part.session, move.cells, start, end)
                 self._mirrored[move.peer, part.session] = max(start, end)

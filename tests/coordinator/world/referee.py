@@ -186,7 +186,8 @@ class Referee:
             if part.session in self.carried:
                 assert self.carried[part.session].at == part.at
         assert tokens == []
-        assert sum(part.count > 1 for part in step.rows) <= 1
+        assert len(step.layers) or sum(part.count > 1 for part in step.rows) <= 1
+        assert not len(step.layers) or sum(part.count for part in step.rows) <= self.policy.prefill_chunk
         self.flying[step.step] = step
         assert len(self.flying) <= len(plan.stages)
         assert len(self.held) <= self.policy.max_sessions
