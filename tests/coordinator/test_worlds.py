@@ -25,6 +25,7 @@ FOUND = (
     # leave was let go, and the change made with it; who handed over was let go between two plans, with all it had to
     # give; after a restart another head, or workers that had no seat, took part in the first plan, and nobody found
     # what it had; a session that breaks every plan took those with it that were computed beside it.
+    5793,  # the referee took a pause of a moment for a sleep: what nobody can tell from time passing is time passing
     1259,  # a crew that was refused while its owners paused it was never tried again
 )
 

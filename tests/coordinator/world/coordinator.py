@@ -85,8 +85,9 @@ class SimCoordinator(Node):
         super().freeze(for_s)
 
     def thaw(self, life: int) -> None:
-        if self.is_frozen and life == self.life:
-            self.slept_s += self.world.now - self._froze_at
+        frozen_s = self.world.now - self._froze_at
+        if self.is_frozen and life == self.life and frozen_s > self.world.policy.lease_s / 2:
+            self.slept_s += frozen_s  # a shorter gap is time like any other
         super().thaw(life)
 
     def start(self) -> None:
