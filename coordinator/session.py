@@ -67,8 +67,14 @@ class Session:
         return len(self.tokens) - self.computed
 
     def next_rows(self, most: int) -> SessionRows:
-        """Return the next rows to compute, at most `most`; the last row of the log is sampled."""
-        count = min(most, self.num_pending)
+        """Return the next rows to compute, at most `most`; the last row of the log is sampled.
+
+        What is computed again is cut as it was the first time, the answer row by row: arithmetic that rounds coarsely
+        would make other tokens of other last bits.
+        """
+        is_answer = self.computed >= self.num_prompt
+        end = len(self.tokens) if is_answer else self.num_prompt
+        count = min(most, end - self.computed)
         return SessionRows(
             session=self.session,
             start=self.computed,
@@ -76,6 +82,7 @@ class Session:
             capacity=self.capacity,
             sample=count == self.num_pending,
             at=self.at,
+            alone=is_answer and count > 1,
         )
 
     def advance_to(self, position: int) -> None:

@@ -20,6 +20,7 @@ from coordinator.events import (
 from coordinator.memory import Candidate, KvRoom, StepBounds
 from coordinator.planner import PlanRequest, make_plan
 from coordinator.policy import ClusterPolicy
+from coordinator.session import open_session
 from coordinator.sessions import Sessions
 from coordinator.shares import parse_words
 from protocol.errors import (
@@ -376,7 +377,9 @@ def decoding(num_tokens: int, *, epoch: int = 1) -> Sessions:
     return sessions
 
 
-@pytest.mark.parametrize(("held", "start", "count"), [({}, 0, 8), ({1: 5}, 5, 3), ({1: 7}, 7, 1), ({1: 99}, 7, 1)])
+@pytest.mark.parametrize(
+    ("held", "start", "count"), [({}, 0, 3), ({1: 2}, 2, 1), ({1: 5}, 5, 3), ({1: 7}, 7, 1), ({1: 99}, 7, 1)]
+)
 def test_a_session_goes_on_where_the_workers_end(held: dict[SessionId, int], start: int, count: int) -> None:
     """Its log has 8 tokens, of which 7 were computed; the head is told all that lies before the first row."""
     sessions = decoding(5)
@@ -387,9 +390,33 @@ def test_a_session_goes_on_where_the_workers_end(held: dict[SessionId, int], sta
     assert sessions.serve(plan, held) == 7 - start
     (sent,) = of(SendStep, sessions.schedule(2.0))
     (rows,) = sent.step.rows
-    assert (rows.start, rows.count, rows.sample) == (start, count, True)
+    assert (rows.start, rows.count, rows.sample) == (start, count, start + count == 8)
     assert [(new.session, new.history) for new in sent.step.opens] == [(1, start)]
-    assert token_ids(sent.tokens).tolist() == [1, 2, 3, 50, 51, 52, 53, 54]
+    assert token_ids(sent.tokens).tolist() == [1, 2, 3, 50, 51, 52, 53, 54][: start + count]
+
+
+@pytest.mark.parametrize(
+    ("chunk", "num_answer", "cuts"),
+    [
+        (16, 5, [(0, 3, False), (3, 5, True)]),
+        (2, 5, [(0, 2, False), (2, 1, False), (3, 2, True), (5, 2, True), (7, 1, False)]),
+        (16, 1, [(0, 3, False), (3, 1, False)]),
+        (16, 0, [(0, 3, False)]),
+    ],
+)
+def test_what_is_computed_again_is_cut_as_it_was_the_first_time(
+    chunk: int, num_answer: int, cuts: list[tuple[int, int, bool]]
+) -> None:
+    """The prompt in its chunks; rows of the answer attend alone. Only the last row of all is sampled."""
+    session = open_session(arrived(1, (1, 2, 3), max_tokens=20), SPEC, 1.0)
+    session.tokens.extend(range(50, 50 + num_answer))
+    found = []
+    while session.num_pending:
+        rows = session.next_rows(chunk)
+        found.append((rows.start, rows.count, rows.alone))
+        assert rows.sample == (rows.start + rows.count == 3 + num_answer)
+        session.advance_to(rows.start + rows.count)
+    assert found == cuts
 
 
 def test_what_workers_once_had_may_still_be_there_after_a_plan_that_had_nothing() -> None:
@@ -406,8 +433,9 @@ def test_what_was_said_is_not_said_again() -> None:
     sessions = decoding(5)
     sessions.interrupt(PeerLost("b is gone"), 2.0)
     serve(sessions, make_test_plan("1", 2), KvRoom(100, WorkerId("b")))
-    (step,) = steps(sessions.schedule(2.0))
-    (committed,) = of(TokensCommitted, sessions.step_finished(done(step, 55), 3.0))
+    (prompt,) = steps(sessions.schedule(2.0))
+    (answer,) = steps(finish(sessions, prompt, now=2.0))
+    (committed,) = of(TokensCommitted, sessions.step_finished(done(answer, 55), 3.0))
     assert (committed.index, committed.tokens) == (5, (55,))
 
 
