@@ -76,8 +76,15 @@ class Session:
         return replay.layers if replay is not None and self.computed < replay.until else NO_LAYERS
 
     def next_rows(self, most: int) -> SessionRows:
-        """Return the next rows to compute, at most `most`; the last row of the log is sampled."""
+        """Return the next rows to compute, at most `most`; the last row of the log is sampled.
+
+        What is computed again is cut as it was the first time, the answer row by row: arithmetic that rounds coarsely
+        would make other tokens of other last bits.
+        """
+        is_answer = self.computed >= self.num_prompt
         end = self.replay.until if self.replay is not None and len(self.layers) else len(self.tokens)
+        if not is_answer:
+            end = min(end, self.num_prompt)
         count = min(most, end - self.computed)
         return SessionRows(
             session=self.session,
@@ -86,6 +93,7 @@ class Session:
             capacity=self.capacity,
             sample=self.computed + count == len(self.tokens),
             at=self.at,
+            alone=is_answer and count > 1,
         )
 
     def advance_to(self, position: int) -> None:

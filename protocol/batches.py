@@ -18,7 +18,8 @@ class SessionRows:
     """`count` consecutive positions of one session from `start`; `capacity` positions are reserved for its KV cache.
 
     `sample` says that the last of these rows yields the session's next token. `at`: where in the KV arena of every
-    worker the session's positions lie; the coordinator hands out these places, alike for all.
+    worker the session's positions lie; the coordinator hands out these places, alike for all. `alone`: each row attends
+    by itself, as it did when it was the newest: computed again it gets the same bits.
     """
 
     session: SessionId
@@ -27,6 +28,7 @@ class SessionRows:
     capacity: Positive
     sample: bool = False
     at: Count = 0
+    alone: bool = False
 
     def __post_init__(self) -> None:
         if self.start + self.count > self.capacity:

@@ -89,13 +89,19 @@ def _attend_session(step: Step, number: int, place: Place, query_TGRd: Tensor, k
     start = step.rows[number].start
     count, groups, queries, dim = query_TGRd.shape
     keys_GSd, values_GSd = step.caches[number].extend(place.layer, start, *keys_values)
+    if step.rows[number].alone:
+        seen = [slice(first_visible(at, window), at + 1) for at in range(start, start + count)]
+        return torch.cat(
+            [
+                _attend_row(query_TGRd[row : row + 1], keys_GSd[:, visible], values_GSd[:, visible])
+                for row, visible in enumerate(seen)
+            ]
+        )
     first = first_visible(start, window)
     if first:
         keys_GSd, values_GSd = keys_GSd[:, first:], values_GSd[:, first:]
     if count == 1:
-        # One row sees every key left: the query heads of a group become the rows, so no key is repeated for GQA.
-        out_1GRd = functional.scaled_dot_product_attention(query_TGRd, keys_GSd[None], values_GSd[None])
-        return out_1GRd.reshape(1, groups * queries * dim)
+        return _attend_row(query_TGRd, keys_GSd, values_GSd)
     # A group is a batch entry and its keys are shared by its query heads through a stride of 0.
     shape = (groups, queries, keys_GSd.shape[1], dim)
     is_plain = start == 0 and (not window or count <= window)
@@ -107,3 +113,9 @@ def _attend_session(step: Step, number: int, place: Place, query_TGRd: Tensor, k
         is_causal=is_plain,
     )
     return out_GRTd.permute(2, 0, 1, 3).reshape(count, groups * queries * dim)
+
+
+def _attend_row(query_1GRd: Tensor, keys_GSd: Tensor, values_GSd: Tensor) -> Tensor:
+    """One row sees every key: the query heads of a group become the rows, so no key is repeated for GQA."""
+    out_1GRd = functional.scaled_dot_product_attention(query_1GRd, keys_GSd[None], values_GSd[None])
+    return out_1GRd.reshape(1, -1)

@@ -21,6 +21,7 @@ from coordinator.memory import Candidate, KvRoom, StepBounds
 from coordinator.planner import PlanRequest, make_plan
 from coordinator.policy import ClusterPolicy
 from coordinator.replays import Kept, Remains
+from coordinator.session import open_session
 from coordinator.sessions import Sessions
 from coordinator.shares import parse_words
 from protocol.errors import (
@@ -383,7 +384,9 @@ def decoding(num_tokens: int, *, epoch: int = 1) -> Sessions:
     return sessions
 
 
-@pytest.mark.parametrize(("held", "start", "count"), [({}, 0, 8), ({1: 5}, 5, 3), ({1: 7}, 7, 1), ({1: 99}, 7, 1)])
+@pytest.mark.parametrize(
+    ("held", "start", "count"), [({}, 0, 3), ({1: 2}, 2, 1), ({1: 5}, 5, 3), ({1: 7}, 7, 1), ({1: 99}, 7, 1)]
+)
 def test_a_session_goes_on_where_the_workers_end(held: dict[SessionId, int], start: int, count: int) -> None:
     """Its log has 8 tokens, of which 7 were computed; the head is told all that lies before the first row."""
     sessions = decoding(5)
@@ -394,9 +397,33 @@ def test_a_session_goes_on_where_the_workers_end(held: dict[SessionId, int], sta
     assert sessions.serve(plan, remains(held)).positions == 7 - start
     (sent,) = of(SendStep, sessions.schedule(2.0))
     (rows,) = sent.step.rows
-    assert (rows.start, rows.count, rows.sample) == (start, count, True)
+    assert (rows.start, rows.count, rows.sample) == (start, count, start + count == 8)
     assert [(new.session, new.history) for new in sent.step.opens] == [(1, start)]
-    assert token_ids(sent.tokens).tolist() == [1, 2, 3, 50, 51, 52, 53, 54]
+    assert token_ids(sent.tokens).tolist() == [1, 2, 3, 50, 51, 52, 53, 54][: start + count]
+
+
+@pytest.mark.parametrize(
+    ("chunk", "num_answer", "cuts"),
+    [
+        (16, 5, [(0, 3, False), (3, 5, True)]),
+        (2, 5, [(0, 2, False), (2, 1, False), (3, 2, True), (5, 2, True), (7, 1, False)]),
+        (16, 1, [(0, 3, False), (3, 1, False)]),
+        (16, 0, [(0, 3, False)]),
+    ],
+)
+def test_what_is_computed_again_is_cut_as_it_was_the_first_time(
+    chunk: int, num_answer: int, cuts: list[tuple[int, int, bool]]
+) -> None:
+    """The prompt in its chunks; rows of the answer attend alone. Only the last row of all is sampled."""
+    session = open_session(arrived(1, (1, 2, 3), max_tokens=20), SPEC, 1.0)
+    session.tokens.extend(range(50, 50 + num_answer))
+    found = []
+    while session.num_pending:
+        rows = session.next_rows(chunk)
+        found.append((rows.start, rows.count, rows.alone))
+        assert rows.sample == (rows.start + rows.count == 3 + num_answer)
+        session.advance_to(rows.start + rows.count)
+    assert found == cuts
 
 
 def test_what_workers_once_had_may_still_be_there_after_a_plan_that_had_nothing() -> None:
@@ -414,8 +441,9 @@ def test_what_was_said_is_not_said_again() -> None:
     sessions = decoding(5)
     sessions.interrupt(PeerLost("b is gone"), 2.0)
     serve(sessions, make_test_plan("1", 2), KvRoom(100, WorkerId("b")))
-    (step,) = steps(sessions.schedule(2.0))
-    (committed,) = of(TokensCommitted, sessions.step_finished(done(step, 55), 3.0))
+    (prompt,) = steps(sessions.schedule(2.0))
+    (answer,) = steps(finish(sessions, prompt, now=2.0))
+    (committed,) = of(TokensCommitted, sessions.step_finished(done(answer, 55), 3.0))
     assert (committed.index, committed.tokens) == (5, (55,))
 
 
@@ -513,26 +541,32 @@ def lacking_the_middle(sessions: Sessions, *numbers: int, kept_until: int = 99) 
 
 
 def test_what_some_layers_lack_is_computed_through_these_alone_and_then_the_session_goes_on() -> None:
-    sessions = decoding(10)  # 13 tokens, 12 positions, chunks of 8
+    sessions = decoding(10)  # 13 tokens, 3 of them the prompt, 12 positions, chunks of 8
     lacking_the_middle(sessions, 1)
     seen = []
-    for token in (None, None, 60):
+    for token in (None, None, None, 60):
         (sent,) = of(SendStep, sessions.schedule(2.0))
         (rows,) = sent.step.rows
-        seen.append((sent.step.layers, rows.start, rows.count, rows.sample))
+        seen.append((sent.step.layers, rows.start, rows.count, rows.alone, rows.sample))
         answer = () if token is None else (token,)
         committed = of(TokensCommitted, sessions.step_finished(done(sent.step, *answer), 3.0))
         assert [one.tokens for one in committed] == [answer] * (token is not None)
     some = Span(1, 3)
-    assert seen == [(some, 0, 8, False), (some, 8, 4, False), (NO_LAYERS, 12, 1, True)]
+    assert seen == [
+        (some, 0, 3, False, False),
+        (some, 3, 8, True, False),
+        (some, 11, 1, False, False),
+        (NO_LAYERS, 12, 1, False, True),
+    ]
 
 
 def test_what_inputs_do_not_reach_is_computed_through_all_layers() -> None:
     sessions = decoding(10)
     lacking_the_middle(sessions, 1, kept_until=5)
-    (step,) = steps(sessions.schedule(2.0))
-    assert (step.layers, step.rows[0].start, step.rows[0].count) == (Span(1, 3), 0, 5)
-    assert sessions.step_finished(done(step), 3.0) == []
+    for start, count in ((0, 3), (3, 2)):
+        (step,) = steps(sessions.schedule(2.0))
+        assert (step.layers, step.rows[0].start, step.rows[0].count) == (Span(1, 3), start, count)
+        assert sessions.step_finished(done(step), 3.0) == []
     (step,) = steps(sessions.schedule(2.0))
     assert (step.layers, step.rows[0].start, step.rows[0].count) == (NO_LAYERS, 5, 8)
 
@@ -546,12 +580,17 @@ def test_sessions_that_lack_the_same_share_a_step_and_others_take_turns_with_the
         (step,) = steps(sessions.schedule(1.0))
     lacking_the_middle(sessions, 1, 2)
     seen = []
-    for _ in range(3):
+    for _ in range(4):
         (step,) = steps(sessions.schedule(2.0))
         seen.append((step.layers, {part.session: part.count for part in step.rows}))
         sessions.step_finished(done(step, *[51] * sum(part.sample for part in step.rows)), 2.0)
     some = Span(1, 3)
-    assert seen == [(some, {1: 6, 2: 2}), (NO_LAYERS, {1: 1, 3: 5}), (some, {2: 3})]
+    assert seen == [
+        (some, {1: 3, 2: 3}),  # their prompts
+        (NO_LAYERS, {3: 3}),
+        (some, {1: 3, 2: 2}),
+        (NO_LAYERS, {1: 1, 2: 1, 3: 2}),
+    ]
 
 
 def test_a_plan_that_ends_meanwhile_leaves_nothing_of_it() -> None:
