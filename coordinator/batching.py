@@ -50,14 +50,18 @@ def pick(running: Iterable[Session], num_stages: int, prefill_chunk: int) -> Bat
     return Batch(tuple((session, session.next_rows(prefill_chunk)) for session in chosen))
 
 
-def _replay(sessions: Sequence[Session], most: int) -> Batch:
-    """Take rows of those that lack what the first one lacks, kept by the same hub, at most `most` in all."""
+def _replay(sessions: Sequence[Session], prefill_chunk: int) -> Batch:
+    """Take rows of those that lack what the first one lacks, kept by the same hub, at most a chunk in all.
+
+    None is cut to fit: a prompt that attends in other pieces than it did at first gets other last bits.
+    """
     parts: list[tuple[Session, SessionRows]] = []
+    left = prefill_chunk
     for session in sessions:
-        if most and _source(session) == _source(sessions[0]):
-            rows = session.next_rows(most)
+        rows = session.next_rows(prefill_chunk)
+        if rows.count <= left and _source(session) == _source(sessions[0]):
             parts.append((session, rows))
-            most -= rows.count
+            left -= rows.count
     return Batch(tuple(parts), sessions[0].layers)
 
 

@@ -83,8 +83,7 @@ class Session:
         """
         is_answer = self.computed >= self.num_prompt
         end = self.replay.until if self.replay is not None and len(self.layers) else len(self.tokens)
-        if not is_answer:
-            end = min(end, self.num_prompt)
+        end = end if is_answer else min(end, self.num_prompt)
         count = min(most, end - self.computed)
         return SessionRows(
             session=self.session,
