@@ -82,13 +82,13 @@ def as_tensor(buffer: memoryview | bytes, dtype: torch.dtype, shape: tuple[int, 
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """Return a tensor's values, row-major, as flat bytes; shares memory with a contiguous CPU tensor."""
+    if tensor.dtype is torch.float32:  # every sum of a step comes by here, so it is tried before anything is asked
+        try:
+            return tensor.numpy().data.cast("B")
+        except (TypeError, RuntimeError):  # on another device, not contiguous, empty, or with a gradient
+            pass
     if not tensor.numel():
         return memoryview(b"")
-    if (
-        tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous() and not tensor.requires_grad
-    ):  # every sum of a step comes by here
-        values: np.ndarray[Any, np.dtype[np.float32]] = tensor.numpy()
-        return values.data.cast("B")
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     octets: np.ndarray[Any, np.dtype[np.uint8]] = flat.view(torch.uint8).numpy()
     return octets.data
