@@ -58,8 +58,12 @@ class Run(NamedTuple):
         return self.workers[0]
 
     def bound_s(self, compute_s: float) -> float:
-        """What a token takes at least: computing it, or reading what it streams at the disk's rate."""
-        return max(compute_s, float(self.worker["streamed_bytes_per_step"]) / self.disk_rate)
+        """What a token takes at least: computing it, or reading what it streams at the disk's rate.
+
+        A virtual disk may give more to the worker than to the reader beside it: the better rate counts.
+        """
+        rate = max(self.disk_rate, float(self.worker["disk_bytes_per_s"]))
+        return max(compute_s, float(self.worker["streamed_bytes_per_step"]) / rate)
 
 
 def run(
