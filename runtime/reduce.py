@@ -68,15 +68,10 @@ def add_parts(
         into.octets[:] = payload
         return into.octets
     values: list[_Values] = [np.ndarray(shape, _F32, part) for part in parts]
-    if into is not None:
-        total = np.add(values[0], values[1], into.values_TD)
-        for part in values[2:]:
-            np.add(total, part, total)
-        return into.octets
-    total = np.add(values[0], values[1])
+    total: _Values = np.add(values[0], values[1], into.values_TD if into is not None else None)
     for part in values[2:]:
         np.add(total, part, total)
-    return total.data.cast("B")
+    return into.octets if into is not None else total.data.cast("B")
 
 
 def to_wire(tensor: Tensor, activations: ActivationFormat) -> memoryview:
