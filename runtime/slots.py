@@ -6,6 +6,7 @@ Knows nothing of which block comes next or who waits. `fill` is for one loader t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Protocol
 
@@ -121,6 +122,16 @@ def open_slots(plan: WindowPlan, paths: Mapping[int, Path], page_cache: PageCach
 
     An owner who lets the page cache be filled has blocks computed on in there, where the system can show them.
     """
-    if page_cache is PageCache.FILL and can_map():
-        return MappedSlots(plan, {block: MappedFile(path) for block, path in paths.items()})
-    return CopiedSlots(plan, {block: DirectFile(path, page_cache) for block, path in paths.items()})
+    with ExitStack() as opened:  # when one can't be opened, those before it are closed
+        slots: Slots
+        if page_cache is PageCache.FILL and can_map():
+            slots = MappedSlots(
+                plan, {block: opened.enter_context(closing(MappedFile(path))) for block, path in paths.items()}
+            )
+        else:
+            slots = CopiedSlots(
+                plan,
+                {block: opened.enter_context(closing(DirectFile(path, page_cache))) for block, path in paths.items()},
+            )
+        opened.pop_all()
+    return slots

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import threading
@@ -255,3 +256,16 @@ def test_a_file_that_can_not_be_mapped_is_named(tmp_path: Path, content: bytes |
         path.write_bytes(content)
     with pytest.raises(StorageFailed, match=str(path)):
         MappedFile(path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="this system does not tell of open files")
+@pytest.mark.parametrize("page_cache", [PageCache.USE, PageCache.FILL])
+def test_files_that_can_not_all_be_opened_leave_none_open(
+    paths: dict[int, Path], plan: WindowPlan, page_cache: PageCache
+) -> None:
+    paths[4].unlink()
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(StorageFailed, match=str(paths[4])):
+        open_slots(plan, paths, page_cache)
+    gc.collect()  # what a mapping holds ends with the mapping
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
