@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 
 ACTIVATION_STEP = float(torch.tensor(2.0) / 255)  # int8 activations: [-1, 1] in 255 steps, in float32
-DEQUANTISE_BYTES = 8 << 20  # of weights at a time: stays in the cache between writing and reading
+DEQUANTISE_BYTES = 2 << 20  # of weights at a time: stays in the cache between writing and reading
+STRIP_VALUES = 1 << 20  # of activations or products at a time: a step has room for few (`protocol.contract`)
 
 
 class Int8Weight(NamedTuple):
@@ -100,9 +102,24 @@ def quantise_rows(x_TI: Tensor) -> tuple[Tensor, Tensor]:
     multiply-add of 1 / step and the zero point 128 in float32, then to the nearest, ties to even. (Double precision
     holds that product exactly; rounding the sum to float32 once is what a fused multiply-add does.)
     """
-    most_T1 = x_TI.abs().amax(dim=1, keepdim=True).float().clamp_(min=1e-30)
-    shifted = torch.div(x_TI, most_T1).double().mul_(1.0 / ACTIVATION_STEP).add_(128.0).float()
-    return shifted.round_().sub_(128.0).clamp_(-128, 127).to(torch.int8), most_T1
+    most_T1 = largest_of_rows(x_TI)
+    quantised_TI = torch.empty(x_TI.shape, dtype=torch.int8, device=x_TI.device)
+    for rows in strips(x_TI.shape[0], x_TI.shape[1]):
+        shifted = torch.div(x_TI[rows], most_T1[rows]).double().mul_(1.0 / ACTIVATION_STEP).add_(128.0).float()
+        quantised_TI[rows] = shifted.round_().sub_(128.0).clamp_(-128, 127)
+    return quantised_TI, most_T1
+
+
+def largest_of_rows(x_TI: Tensor) -> Tensor:
+    """Return the largest magnitude of each row, float32 `[T, 1]`; never zero."""
+    low_T, high_T = x_TI.aminmax(dim=1, keepdim=True)
+    return torch.maximum(low_T.neg_(), high_T).float().clamp_(min=1e-30)
+
+
+def strips(count: int, width: int) -> Iterator[slice]:
+    """Cut `count` rows of `width` values into strips of about STRIP_VALUES."""
+    step = max(1, STRIP_VALUES // max(1, width))
+    return (slice(first, min(first + step, count)) for first in range(0, count, step))
 
 
 class Int8Integer:
@@ -121,8 +138,10 @@ class Int8Integer:
     def apply(self, x_TI: Tensor) -> Tensor:
         """Return the product, `[T, O]`."""
         quantised_TI, most_T1 = quantise_rows(x_TI)
-        sums_TO = integer_products(quantised_TI, self._value_OI)
-        result_TO: Tensor = (sums_TO * self._step_O).mul_(most_T1).to(x_TI.dtype)
+        result_TO = torch.empty(x_TI.shape[0], self._value_OI.shape[0], dtype=x_TI.dtype, device=x_TI.device)
+        for rows in strips(result_TO.shape[1], result_TO.shape[0]):
+            sums_TR = integer_products(quantised_TI, self._value_OI[rows])
+            result_TO[:, rows] = sums_TR.mul_(self._step_O[rows]).mul_(most_T1)
         return result_TO if self._bias_O is None else result_TO.add_(self._bias_O)
 
 
@@ -153,12 +172,23 @@ class Int8Dynamic:
             quantised = torch._make_per_channel_quantized_tensor(weight.value_OI, weight.scale_O.double(), zeros, 0)
             self._packed = torch.ops.quantized.linear_prepack(quantised, None)
         self._bias_O = bias_O
+        self._num_outputs = int(weight.value_OI.shape[0])
         self.num_bytes = sum_bytes(*weight, bias_O)
 
     def apply(self, x_TI: Tensor) -> Tensor:
         """Return the product, `[T, O]`."""
         rows = x_TI.shape[0]
-        most_T1 = x_TI.abs().amax(dim=1, keepdim=True).float().clamp_(min=1e-30)
+        if rows * self._num_outputs <= STRIP_VALUES:
+            return self._products(x_TI)
+        result_TO = torch.empty(rows, self._num_outputs, dtype=x_TI.dtype)
+        for strip in strips(rows, self._num_outputs):
+            result_TO[strip] = self._products(x_TI[strip])
+        return result_TO
+
+    def _products(self, x_TI: Tensor) -> Tensor:
+        """Return the product of some rows; takes 8 bytes for each of its values."""
+        rows = x_TI.shape[0]
+        most_T1 = largest_of_rows(x_TI)
         scaled = torch.empty(rows + 1, x_TI.shape[1], dtype=torch.float32)
         torch.div(x_TI, most_T1, out=scaled[:rows])
         scaled[rows].fill_(1.0)[0] = -1.0
