@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Self
 
 from manyhands.processes import PACKAGES, ChildProcess
+from protocol.heap import steady_environment
 from protocol.settings import ENV_PREFIX
 
 MAX_ORDER_BYTES = 65_536
@@ -36,6 +37,7 @@ class Nursery:
     def __init__(self) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         own = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
+        own = steady_environment(own)
         self._env = own | {"PYTHONPATH": str(PACKAGES), "PYTHONUNBUFFERED": "1", "OPENBLAS_NUM_THREADS": "1"}
         with theirs:
             self._process = subprocess.Popen(

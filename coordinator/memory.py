@@ -16,6 +16,7 @@ from protocol.contract import (
     floor_of_blocks,
     head_blocks,
     layer_blocks,
+    mask_bytes_per_position,
     resident_tile_bytes,
     workspace_bytes,
 )
@@ -109,8 +110,9 @@ class Holding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Need:
-    """Bytes a worker must have for what it holds; `kv_bytes_per_position` counts for every position of all sessions.
+    """Bytes a worker must have for what it holds.
 
+    `kv_bytes_per_position`: of keys and values, and what a step takes to look at them; for each of all sessions.
     `weight_bytes`: weights that take part in every step, so without an embedding that is no lm_head: rows of it are
     read one by one. `least_bytes`: those of them that must be in memory; fewer than all for a worker that may stream.
     `block_bytes`: the largest block.
@@ -155,6 +157,7 @@ def need_of_holding(holding: Holding, candidate: Candidate, step: StepBounds, kv
     """Return what this worker must have to hold this."""
     spec, blocks = holding.spec, holding.blocks
     least = floor_of_blocks(blocks) if candidate.can_stream else sum(blocks)
+    kv_bytes = spec.kv_bytes_per_token(len(holding.groups), holding.num_layers)
     return Need(
         base_bytes=candidate.base_bytes,
         weight_bytes=holding.resident_bytes + sum(blocks),
@@ -163,7 +166,7 @@ def need_of_holding(holding: Holding, candidate: Candidate, step: StepBounds, kv
         workspace_bytes=workspace_bytes(
             spec, ffn_tiles=len(holding.ffn), is_head=holding.is_head, rows=step.rows, samples=step.sampled
         ),
-        kv_bytes_per_position=spec.kv_bytes_per_token(len(holding.groups), holding.num_layers),
+        kv_bytes_per_position=kv_bytes + mask_bytes_per_position(spec, step.rows) if kv_bytes else 0,
         min_positions=min_positions(spec, kv_positions),
     )
 

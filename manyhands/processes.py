@@ -26,6 +26,7 @@ from protocol.errors import (
     StorageFailed,
     StorageFull,
 )
+from protocol.heap import steady_environment
 from protocol.logs import redact
 from protocol.settings import ENV_PREFIX
 
@@ -146,7 +147,7 @@ def _environment(settings: Mapping[str, str]) -> dict[str, str]:
     paths = [str(PACKAGES), *filter(None, own.get("PYTHONPATH", "").split(os.pathsep))]
     own["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     own["PYTHONUNBUFFERED"] = "1"
-    return own | {ENV_PREFIX + name.upper(): value for name, value in settings.items()}
+    return steady_environment(own) | {ENV_PREFIX + name.upper(): value for name, value in settings.items()}
 
 
 def _signal_name(number: int) -> str:

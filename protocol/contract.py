@@ -10,23 +10,41 @@ from functools import lru_cache
 
 from protocol.ids import WorkerId
 from protocol.plans import Plan
-from protocol.specs import ModelSpec, Span
+from protocol.specs import ModelSpec, Span, WeightFormat
 from protocol.tiles import TileId, TileKind, head_tiles, layer_tiles, tile_bytes
 
 FLOAT32_BYTES = 4
-SLACK_BYTES = 16 << 20  # Python objects of a plan, ZeroMQ's queues, what the allocator can't give back
+SLACK_BYTES = 32 << 20
+"""What libraries load when a step first uses them (measured: 12 MB of code, 8 MB of data), Python objects of a plan,
+ZeroMQ's queues, holes between what is allocated."""
 HIDDEN_COPIES = 10  # hidden states, norms, q, k, v, partial, sum, and two frames on their way in and out
 FFN_COPIES = 3  # gate, up, their product
+LOGIT_COPIES = 2  # blocks of the lm_head, and their logits side by side
+STRIP_BYTES = 16 << 20  # of a quantised product, which is computed in float32 strip by strip
+SAMPLER_COPIES = 16  # of one session's logits while a token is chosen, most in float64
 WINDOW_SLOTS = 2  # fewer can't read while they compute
 VOCAB_CHUNK_TILES = 4  # lm_head tiles in one block of the window
 RESIDENT_KINDS = frozenset({TileKind.NORMS, TileKind.FINAL_NORM})  # tiny, and used in every step
 
 
-def workspace_bytes(spec: ModelSpec, *, ffn_tiles: int, is_head: bool, rows: int, samples: int) -> int:
-    """Return the bytes of one step's temporaries: hidden states, this share of the FFN, and on the head logits."""
+def workspace_bytes(
+    spec: ModelSpec, *, ffn_tiles: int, is_head: bool, rows: int, samples: int, positions: int = 0
+) -> int:
+    """Return the bytes of one step's temporaries and frames: hidden states, this share of the FFN, the head's logits.
+
+    `positions`: of the longest session (see `mask_bytes_per_position`).
+    """
+    width = spec.activations.num_bytes
     ffn_width = -(-spec.intermediate * ffn_tiles // spec.ffn_tiles)
-    values = rows * (HIDDEN_COPIES * spec.hidden + FFN_COPIES * ffn_width)
-    return SLACK_BYTES + FLOAT32_BYTES * (values + (2 * samples * spec.vocab if is_head else 0))
+    layers = rows * FFN_COPIES * ffn_width * width + positions * mask_bytes_per_position(spec, rows)
+    logits = FLOAT32_BYTES * spec.vocab * (LOGIT_COPIES * samples + SAMPLER_COPIES) if is_head else 0
+    strips = STRIP_BYTES if spec.weights in (WeightFormat.INT8, WeightFormat.INT4) else 0
+    return SLACK_BYTES + rows * HIDDEN_COPIES * spec.hidden * width + strips + max(layers, logits)  # not both at once
+
+
+def mask_bytes_per_position(spec: ModelSpec, rows: int) -> int:
+    """Return what attention takes for each position that rows of a step look at: what they may see of it."""
+    return rows * (spec.activations.num_bytes + 1)
 
 
 @lru_cache(maxsize=4096)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 
+from protocol.heap import restart_with_steady_heap
 from protocol.process import end_quietly_when_told
 from protocol.settings import run_main
 from worker.config import WorkerConfig
@@ -25,4 +26,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    restart_with_steady_heap()
     sys.exit(main())

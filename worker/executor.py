@@ -18,6 +18,7 @@ from protocol.errors import CoordinatorLost, InvariantBroken, ManyhandsError, Pe
 from protocol.ids import SessionId
 from protocol.messages import Activation, Step
 from protocol.plans import Plan
+from runtime.allocator import give_back
 from runtime.shelf import BlockShelf
 from runtime.stream import StreamCounts
 from worker.commands import (
@@ -269,6 +270,7 @@ class Executor:
         self._let_go()
         self._blocks.clear()
         self._kv.clear()
+        give_back()
 
     def _forget(self, sessions: Iterable[SessionId]) -> None:
         for session in sessions:

@@ -15,12 +15,12 @@ from typing import Final, NamedTuple
 import psutil
 import torch
 
-from protocol.contract import resident_tile_bytes, workspace_bytes
+from protocol.contract import SLACK_BYTES, resident_tile_bytes, workspace_bytes
 from protocol.errors import BudgetTooSmall, TileUnavailable
 from protocol.ids import WorkerId
 from protocol.plans import Plan
 from protocol.tiles import TileEntry, TileId, TileKind
-from runtime.allocator import give_back
+from runtime.allocator import give_back, hold
 from runtime.kernels import Kernels
 from runtime.kv import KvCache
 from runtime.loading import LoadedPart, load_part
@@ -107,7 +107,14 @@ def room_of(plan: Plan, own: WorkerId, budget_bytes: int, base_bytes: int) -> Ro
     spec, share = plan.model, share_of(plan, own)
     rows, samples = (plan.step_rows, plan.step_samples) if plan.step_rows else DEFAULT_STEP
     kv_bytes = spec.kv_bytes_per_token(len(share.groups), len(share.layers)) * kv_positions(plan)
-    workspace = workspace_bytes(spec, ffn_tiles=len(share.ffn), is_head=own == plan.head, rows=rows, samples=samples)
+    workspace = workspace_bytes(
+        spec,
+        ffn_tiles=len(share.ffn),
+        is_head=own == plan.head,
+        rows=rows,
+        samples=samples,
+        positions=min(spec.max_positions, kv_positions(plan)) if kv_bytes else 0,
+    )
     resident = resident_tile_bytes(spec, plan.tiles_of(own))
     spent = base_bytes + kv_bytes + workspace + resident
     if spent >= budget_bytes:
@@ -141,6 +148,7 @@ def load_worker(
     Raises BudgetTooSmall, StorageFull, StorageFailed, TileUnavailable.
     """
     room = room_of(plan, own, budget_bytes, base_bytes)
+    give_back()  # what the plan before held for its steps
     order = BlockOrder(
         spec=plan.model, share=share_of(plan, own), is_head=own == plan.head, kernels=kernels, device=device
     )
@@ -161,9 +169,19 @@ def load_worker(
             part.blocks.close()
             raise
     give_back()
+    if device.type == "cpu":
+        _hold(room.workspace_bytes - SLACK_BYTES, own)
     window_bytes = part.window.ring_bytes
     weight_bytes = sum(entry.num_bytes for entry in entries.values())
     return WorkerPart(part, room, part.blocks.num_bytes - window_bytes, window_bytes, weight_bytes)
+
+
+def _hold(num_bytes: int, own: WorkerId) -> None:
+    """Take the memory of a step's temporaries and frames now: what has been promised can't be refused later."""
+    try:
+        hold(num_bytes)
+    except MemoryError as error:
+        raise BudgetTooSmall(f"no memory for the temporaries of a step: {error}", node=own, phase="load") from error
 
 
 def _prove_embedding(store: TileStore, entries: Mapping[TileId, TileEntry], on_read: Callable[[int], None]) -> None:

@@ -16,6 +16,7 @@ import click
 
 from protocol import exits
 from protocol.errors import ManyhandsError
+from protocol.heap import restart_with_steady_heap
 from protocol.version import SOFTWARE
 
 # name: (module in this folder, one line of help). A module is imported when its command is used, so that `ask` does
@@ -75,6 +76,8 @@ def root(ctx: click.Context, debug: bool) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code (sysexits.h): errors are told in two lines, never as a traceback."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    if argv is None and next((word for word in arguments if not word.startswith("-")), "") == "join":
+        restart_with_steady_heap()  # the worker will run in this process
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that can't show a letter gets a question mark
             stream.reconfigure(errors="replace")

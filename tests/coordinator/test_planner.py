@@ -123,18 +123,10 @@ def test_any_words_give_a_whole_plan_or_none(case: tuple[ModelSpec, str, int]) -
 
 
 def need_of_layers(spec: ModelSpec, layers: int, *, is_head: bool = False) -> int:
-    """The budget that just holds so many layers, found by asking for a plan of one worker."""
+    """The budget that just holds so many layers, found by asking for a plan of one worker, with a head beside it."""
     one = make_spec(layers=layers)
-    plan = make_plan(request(one, None), candidates(GB), epoch=1)
-    head = need_of(plan, candidates(GB)[0], STEP)
-    return head.total_bytes if is_head else head.total_bytes - _head_extra(spec)
-
-
-def _head_extra(spec: ModelSpec) -> int:
-    plan = make_plan(request(spec, "1", head_only=True), candidates(GB, GB), epoch=1)
-    alone, worker = need_of(plan, candidates(GB)[0], STEP), need_of(plan, candidates(GB, GB)[1], STEP)
-    ffn = 4 * STEP.rows * 3 * spec.intermediate
-    return alone.total_bytes - (worker.workspace_bytes - ffn)
+    plan = make_plan(request(one, "1", head_only=not is_head), candidates(GB, GB), epoch=1)
+    return need_of(plan, candidates(GB, GB)[0 if is_head else 1], STEP).total_bytes
 
 
 def test_one_worker_takes_it_all() -> None:

@@ -18,6 +18,7 @@ from tiny_cluster import SPEC, TinyCluster, entry_of, make_tiles, plan_of, put
 
 from protocol.durable_file import Draft
 from protocol.errors import BudgetTooSmall, StorageFull, TileUnavailable
+from protocol.heap import steady_environment
 from protocol.ids import WorkerId
 from protocol.specs import Span
 from protocol.tiles import HEAD_LAYER, TileId, TileKind
@@ -174,9 +175,12 @@ def test_the_peak_is_our_own_and_not_our_parents() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux can forget a peak")
-def test_no_change_of_plans_takes_more_than_either_may(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_steady", [True, False])
+def test_no_change_of_plans_takes_more_than_either_may(tmp_path: Path, is_steady: bool) -> None:
+    """Whether a step's memory is held when a plan is loaded, or taken when it is needed."""
     script = Path(__file__).with_name("one_plan_after_another.py")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, os.environ.get("PYTHONPATH", ""))))}
+    environment = steady_environment(environment) if is_steady else environment
     done = subprocess.run(
         [sys.executable, script, tmp_path], env=environment, capture_output=True, text=True, check=False, timeout=120
     )
