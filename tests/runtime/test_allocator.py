@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from protocol.contract import SLACK_BYTES
 from protocol.heap import is_glibc, steady_environment
 
 ROOT = Path(__file__).parent.parent.parent
@@ -66,3 +67,24 @@ def test_a_heap_in_pieces_is_not_held() -> None:
     start, held, _, end = resident_after(is_steady=False)
     assert held - start < 4 * MIB
     assert end - start < 4 * MIB
+
+
+@pytest.mark.skipif(not is_glibc(), reason="another C library's heap can't be held")
+@pytest.mark.parametrize(
+    ("weights", "activations", "blocks"),
+    [
+        ("float32", "float32", "pinned"),
+        ("bfloat16", "bfloat16", "pinned"),
+        ("int8", "float32", "pinned"),
+        ("int8", "bfloat16", "streamed"),
+        ("int4", "bfloat16", "pinned"),
+    ],
+)
+def test_a_step_finds_room_in_what_the_contract_counts_for_it(weights: str, activations: str, blocks: str) -> None:
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("step_in_its_room.py"), weights, activations, blocks],
+        env=steady_environment(os.environ) | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) < SLACK_BYTES // 5  # code that is first used, holes between what comes and goes
