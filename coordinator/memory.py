@@ -112,7 +112,7 @@ class Holding:
 class Need:
     """Bytes a worker must have for what it holds.
 
-    `kv_bytes_per_position`: of keys and values, and what a step takes to look at them; for each of all sessions.
+    `kv_bytes_per_position`: of keys and values, and what a step takes to look at them.
     `weight_bytes`: weights that take part in every step, so without an embedding that is no lm_head: rows of it are
     read one by one. `least_bytes`: those of them that must be in memory; fewer than all for a worker that may stream.
     `block_bytes`: the largest block.

@@ -31,6 +31,7 @@ from protocol.logs import redact
 from protocol.settings import ENV_PREFIX
 
 PACKAGES = Path(__file__).resolve().parent.parent
+WORKER = "worker"  # the module whose process holds memory for steps
 STOP_GRACE_S = 8.0
 TAIL_BYTES = 16_384
 
@@ -52,10 +53,11 @@ class ChildProcess:
         beginning = os.O_APPEND if continues_log else os.O_TRUNC
         with os.fdopen(os.open(log_path, os.O_WRONLY | os.O_CREAT | beginning, 0o600), "wb") as log:
             self._log_start = os.fstat(log.fileno()).st_size
+            environment = _environment(settings)
             # -P: a folder called `worker` where the user happens to stand must not shadow ours.
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", module],
-                env=_environment(settings),
+                env=steady_environment(environment) if module == WORKER else environment,
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -147,7 +149,7 @@ def _environment(settings: Mapping[str, str]) -> dict[str, str]:
     paths = [str(PACKAGES), *filter(None, own.get("PYTHONPATH", "").split(os.pathsep))]
     own["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     own["PYTHONUNBUFFERED"] = "1"
-    return steady_environment(own) | {ENV_PREFIX + name.upper(): value for name, value in settings.items()}
+    return own | {ENV_PREFIX + name.upper(): value for name, value in settings.items()}
 
 
 def _signal_name(number: int) -> str:
