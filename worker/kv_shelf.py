@@ -176,7 +176,12 @@ class KvShelf:
                     return [0] * len(lengths)
                 on_bytes(length * self._row_bytes(arena))
         arena.restore(session, at=carry.at, capacity=carry.capacity, lengths=lengths)
-        self._spool.forget_cells(session, lambda cell: cell.layer in share.layers and cell.group in share.groups)
+        # A cell of which more is here than of its whole layer waits on: under another plan it may be of use again.
+        here = dict(zip(share.layers, lengths, strict=True))
+        self._spool.forget_cells(
+            session,
+            lambda cell: cell.group in share.groups and self._spool.length(session, cell) <= here.get(cell.layer, -1),
+        )
         return lengths
 
     def _read_into(self, arena: KvCache, carry: Carry, cell: Cell, length: int) -> bool:

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from tiny_cluster import SPEC, TinyCluster, plan_of
 
@@ -147,6 +147,9 @@ def _cuts(draw: st.DrawFn, whole: int, parts: int) -> list[Span]:
 
 
 EPOCHS = iter(range(10, 10**9))
+TOGETHER = plan_of([(ALL, [("a", Span(0, 1), Span(0, 1)), ("b", Span(1, 2), Span(1, 3))], 0)], head="a")
+IN_TURN = plan_of([(Span(0, 1), [("b", GROUPS, FFN)], 0), (Span(1, SPEC.layers), [("a", GROUPS, FFN)], 0)], head="a")
+BY_ONE = plan_of([(ALL, [("a", GROUPS, FFN)], 0)], head="a")
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -154,6 +157,9 @@ EPOCHS = iter(range(10, 10**9))
     st.lists(plans(), min_size=2, max_size=4),
     st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=4, max_size=4),
     st.lists(st.permutations([1, 2]), min_size=4, max_size=4),
+)
+@example(  # layer 0 was forgotten as a whole under a plan that lacked one group of it
+    [TOGETHER, IN_TURN, BY_ONE, TOGETHER], [(1, 0), (1, 0), (0, 0), (0, 0)], [[1, 2]] * 4
 )
 def test_tokens_after_any_cut_are_those_of_no_cut(
     cluster: TinyCluster, logs: dict[int, list[int]], chosen: list[Plan], counts: list[tuple[int, int]],
