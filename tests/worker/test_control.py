@@ -36,6 +36,7 @@ from protocol.messages import (
 )
 from protocol.security import Gate, KeyPair, Link
 from protocol.specs import Span
+from protocol.tiles import TileEntry, TileId, TileKind
 from protocol.transport import bind_router, receive
 from worker.addresses import data_addresses
 from worker.commands import LineBroke
@@ -236,6 +237,7 @@ PLAN = plan_of(
     [(Span(0, SPEC.layers), [("pinned", Span(0, SPEC.kv_heads), Span(0, SPEC.ffn_tiles))], 0)], head="pinned"
 )
 LOAD = Load(plan=PLAN, links=())
+AWAITED = pack_manifest([TileEntry(TileId(0, TileKind.ATTENTION, 0), 10, bytes(32))])  # nobody serves it
 
 
 @pytest.mark.asyncio
@@ -272,7 +274,7 @@ async def test_who_has_a_part_in_a_plan_asks_before_it_leaves(tmp_path: Path, en
         control = Control(config_of(tmp_path, one.link))
         task = asyncio.create_task(control.serve())
         await one.until(lambda: bool(one.of(Heartbeat)))
-        await one.say(LOAD, payload=pack_manifest(()))
+        await one.say(LOAD, payload=AWAITED)
         await one.until(lambda: one.of(Heartbeat)[-1].epoch == PLAN.epoch)
         control.leave("SIGTERM")
         await one.until(lambda: bool(one.of(LeaveAsk)))
@@ -294,7 +296,7 @@ async def test_nobody_takes_over_in_time(tmp_path: Path) -> None:
         control = Control(config_of(tmp_path, one.link, leave_timeout_s=0.01))
         task = asyncio.create_task(control.serve())
         await one.until(lambda: bool(one.of(Heartbeat)))
-        await one.say(LOAD, payload=pack_manifest(()))
+        await one.say(LOAD, payload=AWAITED)
         await one.until(lambda: one.of(Heartbeat)[-1].epoch == PLAN.epoch)
         control.leave("SIGTERM")
         await asyncio.wait_for(task, DEADLINE_S)
