@@ -13,7 +13,7 @@ import socket
 import statistics
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -30,7 +30,8 @@ from protocol.specs import ActivationFormat, ModelSpec, RopeSpec, Span, WeightFo
 from worker.doors import Doors, Unread
 from worker.due import Due
 from worker.links import Links
-from worker.star import SUM, Star
+from worker.seat import SUM
+from worker.star import Star
 from worker.wire import Arrival
 
 ROUNDS = 2000
@@ -59,22 +60,19 @@ class Post:
     """The star's way out, without a step around it."""
 
     def __init__(self, links: Links) -> None:
+        self.doors: Callable[[], Doors | None] = links.doors
         self._links = links
 
     def send(self, targets: Sequence[WorkerId], message: object, payload: Buffer) -> None:
         """Send to members."""
         self._links.send(targets, message, payload)
 
-    def doors(self) -> Doors | None:
-        """The short ways."""
-        return self._links.doors()
-
     def collect(self, due: Due, timeout_s: float, unread: Unread | None = None) -> Arrival | None:
         """Wait for what did not come by a short way."""
         deadline = time.monotonic() + timeout_s
         if unread is not None:
             self._links.read(unread)
-        while due.headers and time.monotonic() < deadline:
+        while due.owing and time.monotonic() < deadline:
             arrival = self._links.receive(deadline - time.monotonic())
             if arrival is not None and not due.take(arrival):
                 return arrival
@@ -105,7 +103,9 @@ def member(rank: int, members: int, values: int, pipe: Connection) -> None:
     pipe.send("linked")
     pipe.recv()
     star = Star(plan_of(members, values), WorkerId(f"w{rank}"), Post(links), torch.device("cpu"))
-    part = torch.ones(1, values)
+    part = star.part(1)
+    assert part is not None
+    part.fill_(1.0)
     times = []
     for step in range(ROUNDS + WARM):
         began = time.perf_counter()

@@ -19,7 +19,7 @@ from torch.nn import functional
 from protocol.specs import ModelSpec
 from runtime.attention import Place, Step, attend
 from runtime.fused import Tensors
-from runtime.linear import Linear
+from runtime.linear import Linear, project
 from runtime.rope import rotate
 from runtime.shares import StageShare
 from runtime.stream import StreamCounts
@@ -33,8 +33,8 @@ class Block(Protocol):
 
     num_bytes: int
 
-    def partial(self, x_TD: Tensor, step: Step) -> Tensor:
-        """Return this worker's part, `[T, D]`, in the dtype of `x_TD`."""
+    def partial(self, x_TD: Tensor, step: Step, into_TD: Tensor | None = None) -> Tensor:
+        """Return this worker's part, `[T, D]`, in the dtype of `x_TD`; it may be written into `into_TD`."""
         ...
 
 
@@ -54,7 +54,7 @@ class AttentionBlock:
         self._qk_norm_Hd = qk_norm
         self.num_bytes = qkv.num_bytes + o.num_bytes + (qk_norm.nbytes if qk_norm is not None else 0)
 
-    def partial(self, x_TD: Tensor, step: Step) -> Tensor:
+    def partial(self, x_TD: Tensor, step: Step, into_TD: Tensor | None = None) -> Tensor:
         """Return the attention output of the held groups, projected to `[T, D]`."""
         qkv_TO = self._qkv.apply(x_TD)
         heads_THd = qkv_TO.view(qkv_TO.shape[0], -1, self._dim)
@@ -66,7 +66,7 @@ class AttentionBlock:
         turned_THd = rotate(turning_THd, step.angles)
         query_TGRd = turned_THd[:, :num_queries].view(-1, groups, self._queries, self._dim)
         keys_values = (turned_THd[:, num_queries:], values_TGd)
-        return self._o.apply(attend(step, self._place, query_TGRd, keys_values))
+        return project(self._o, attend(step, self._place, query_TGRd, keys_values), into_TD)
 
 
 class FfnBlock:
@@ -77,9 +77,9 @@ class FfnBlock:
         self._down = down
         self.num_bytes = gate_up.num_bytes + down.num_bytes
 
-    def partial(self, x_TD: Tensor, step: Step) -> Tensor:
+    def partial(self, x_TD: Tensor, step: Step, into_TD: Tensor | None = None) -> Tensor:
         """Return `down(silu(gate(x)) * up(x))` of the held columns, `[T, D]`."""
-        return self._down.apply(self._gated(x_TD))
+        return project(self._down, self._gated(x_TD), into_TD)
 
     def _gated(self, x_TD: Tensor) -> Tensor:
         """Return `silu(gate(x)) * up(x)`, `[T, F]`; apart, so that gate and up are free before the next product."""

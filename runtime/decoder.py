@@ -72,10 +72,16 @@ class StageModel:
 
     @torch.inference_mode()
     def forward(
-        self, hidden_TD: Tensor, rows: tuple[SessionRows, ...], reduce: Reduce, layers: Span | None = None
+        self,
+        hidden_TD: Tensor,
+        rows: tuple[SessionRows, ...],
+        reduce: Reduce,
+        layers: Span | None = None,
+        part_TD: Tensor | None = None,
     ) -> Tensor:
         """Pass a ragged batch through the stage's layers, or those that are in `layers`; the input is left as it is.
 
+        `part_TD`: where the parts that `reduce` is given may be written, one after the other.
         Rows count as cached only when all layers are done, so a step whose `reduce` raised can be repeated.
         Raises StepFailed for a misshapen input, SessionLost and Overloaded as `KvCache.begin` does, and whatever
         `reduce` raises.
@@ -84,7 +90,7 @@ class StageModel:
         hidden_TD = hidden_TD.to(self._device)
         step = Step(rows, self.kv.begin(rows, layers), self._frequencies, self._dtype)
         for op in layer_ops(self.share, layers):
-            hidden_TD = hidden_TD + reduce(op, self._partial(op, hidden_TD, step))
+            hidden_TD = hidden_TD + reduce(op, self._partial(op, hidden_TD, step, part_TD))
         self.kv.commit(rows, layers)
         return hidden_TD
 
@@ -92,12 +98,12 @@ class StageModel:
         """Free the session's cache."""
         self.kv.release(session)
 
-    def _partial(self, op: int, hidden_TD: Tensor, step: Step) -> Tensor | None:
+    def _partial(self, op: int, hidden_TD: Tensor, step: Step, part_TD: Tensor | None) -> Tensor | None:
         block = self._blocks.acquire(op)
         try:
             if block is None:
                 return None
-            return block.partial(rms_norm(hidden_TD, self._norms[op], self.spec.norm_eps), step)
+            return block.partial(rms_norm(hidden_TD, self._norms[op], self.spec.norm_eps), step, part_TD)
         finally:
             self._blocks.release(op)
 

@@ -40,13 +40,16 @@ class PlainLinear:
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, *, fewest_rows: int = 1) -> None:
         self._weight_OI = weight_OI
+        self._weight_IO = weight_OI.t()
         self._bias_O = bias_O
         self._fewest_rows = fewest_rows
         self.num_bytes = _num_bytes(weight_OI, bias_O)
 
-    def apply(self, x_TI: Tensor) -> Tensor:
-        """Return the product, shape `[T, O]`."""
+    def apply(self, x_TI: Tensor, into_TO: Tensor | None = None) -> Tensor:
+        """Return the product, shape `[T, O]`; it is `into_TO` where there is one, of that shape, and no row to add."""
         rows = x_TI.shape[0]
+        if into_TO is not None and self._bias_O is None and rows >= self._fewest_rows:
+            return torch.mm(x_TI, self._weight_IO, out=into_TO)
         result_TO = functional.linear(fill_up(x_TI, self._fewest_rows), self._weight_OI, self._bias_O)
         return result_TO[:rows]
 
@@ -78,6 +81,11 @@ class PackedLinear:
         """Return the product, shape `[T, O]`."""
         rows = x_TI.shape[0]
         return multiply_packed(fill_up(x_TI, QUICK_ROWS), self._packed, self._bias_O)[:rows]
+
+
+def project(matrix: Linear, x_TI: Tensor, into_TO: Tensor | None) -> Tensor:
+    """Return `matrix.apply(x_TI)`, written into `into_TO` if there is one and this kind of matrix can do so."""
+    return matrix.apply(x_TI, into_TO) if isinstance(matrix, PlainLinear) else matrix.apply(x_TI)
 
 
 def fill_up(x_TI: Tensor, fewest_rows: int) -> Tensor:

@@ -3,13 +3,15 @@
 Knows nothing of sockets or of who the members are. A fixed order and one broadcast result keep all members
 bit-identical.
 
-fp32 is added in numpy, straight from the frames: the same additions in the same order give the same bits, and of the
-few KiB of a decoding step an operation in torch takes ten times as long as in numpy, again between any two sums.
+What is small enough to be added again and again, between two sums of a decoding step, is added in numpy and in memory
+that stays (`Room`, `Adder`): an operation of torch on a few KiB takes ten times as long there. The same additions in
+the same order give the same bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 import torch
@@ -19,8 +21,8 @@ from protocol.errors import FrameMalformed, StepFailed
 from protocol.specs import ActivationFormat
 from runtime.tensors import as_bytes, as_tensor, dtype_of
 
-_F32 = np.dtype(np.float32)
-_Values = np.ndarray[tuple[int, int], np.dtype[np.float32]]
+ALIGNMENT: Final = 64  # of the tensors that torch makes; kernels may add in another order elsewhere
+_F32, _U16 = np.dtype(np.float32), np.dtype(np.uint16)
 
 
 @torch.inference_mode()
@@ -42,36 +44,72 @@ def sum_partials(parts: Sequence[Tensor | None], activations: ActivationFormat) 
     return total.to(dtype_of(activations))
 
 
-class Total:
-    """Where fp32 sums of one shape lie, one after the other: the same memory as a tensor, as numbers and as bytes."""
+class Room:
+    """Where a member's part and the sum of one shape lie, one operation after the other: as tensors and as bytes."""
 
-    __slots__ = ("octets", "total_TD", "values_TD")
+    def __init__(
+        self, num_rows: int, hidden: int, wire: ActivationFormat, before_part: int = 0, before_total: int = 0
+    ) -> None:
+        """`before_part`, `before_total`: bytes for the headers in front of both, in `part_frame` and `total_frame`."""
+        self.part_frame, self.part, self.part_TD = _lay_out(num_rows, hidden, wire, before_part)
+        self.total_frame, self.total, self.total_TD = _lay_out(num_rows, hidden, wire, before_total)
 
-    def __init__(self, num_rows: int, hidden: int) -> None:
-        self.values_TD: _Values = np.empty((num_rows, hidden), _F32)
-        self.total_TD = torch.from_numpy(self.values_TD)
-        self.octets = self.values_TD.data.cast("B")
 
+class Adder:
+    """Adds parts into a hub's room: each is laid in its row first, as it comes.
 
-def add_parts(
-    parts: Sequence[memoryview], wire: ActivationFormat, shape: tuple[int, int], into: Total | None = None
-) -> memoryview:
-    """Return the bytes of `sum_partials` in the wire's format; the parts are only read, and are added as given.
-
-    `into`: where an fp32 sum is to lie, with its bytes. Every part must have the length of the shape. Raises StepFailed
-    when there is none.
+    bf16 is widened to fp32 by its bits, in numpy too; only the rounding of the sum is left to torch.
     """
-    if wire is not ActivationFormat.FLOAT32 or len(parts) < 2:
-        payload = to_wire(sum_partials([from_wire(part, wire, shape) for part in parts], wire), wire)
-        if into is None:
-            return payload
-        into.octets[:] = payload
-        return into.octets
-    values: list[_Values] = [np.ndarray(shape, _F32, part) for part in parts]
-    total: _Values = np.add(values[0], values[1], into.values_TD if into is not None else None)
-    for part in values[2:]:
-        np.add(total, part, total)
-    return into.octets if into is not None else total.data.cast("B")
+
+    def __init__(self, room: Room, num_parts: int) -> None:
+        """Take memory for at least one part."""
+        self._room = room
+        num_values = room.part_TD.numel()
+        self._is_wide = room.part_TD.dtype is torch.float32
+        parts = np.zeros((num_parts, num_values), _F32 if self._is_wide else _U16)
+        self.rows = tuple(part.data.cast("B") for part in parts)
+        """Where the parts are laid, in the order in which they are added."""
+        if self._is_wide:
+            self._sum = np.frombuffer(room.total, _F32)
+            self._values = tuple(parts)
+        else:
+            self._sum = np.zeros(num_values, _F32)
+            self._sum_TD = torch.from_numpy(self._sum).view(room.total_TD.shape)
+            wide = np.zeros((num_parts, num_values), _F32)
+            self._values = tuple(wide)
+            self._parts, self._upper_halves = parts, wide.view(_U16)[:, 1::2]  # little-endian
+
+    def add(self) -> None:
+        """Let the room's total be what `sum_partials` makes of the parts in the rows."""
+        total, values = self._sum, self._values
+        if not self._is_wide:
+            self._upper_halves[:] = self._parts
+        if len(values) == 1:
+            total[:] = values[0]
+        else:
+            np.add(values[0], values[1], total)
+            for part in values[2:]:
+                np.add(total, part, total)
+        if not self._is_wide:
+            self._room.total_TD.copy_(self._sum_TD)
+
+
+def _lay_out(num_rows: int, hidden: int, wire: ActivationFormat, before: int) -> tuple[memoryview, memoryview, Tensor]:
+    """Return memory for a header and values: both together, the values as bytes, and as a tensor aligned as torch's."""
+    num_bytes = before + num_rows * hidden * dtype_of(wire).itemsize
+    raw = np.zeros(num_bytes + ALIGNMENT, np.uint8)
+    skip = -(raw.ctypes.data + before) % ALIGNMENT
+    octets = raw[skip : skip + num_bytes]
+    values_TD = torch.from_numpy(octets[before:]).view(dtype_of(wire)).view(num_rows, hidden)
+    return octets.data, octets.data[before:], values_TD
+
+
+def add_parts(parts: Sequence[memoryview], wire: ActivationFormat, shape: tuple[int, int]) -> memoryview:
+    """Return the bytes of `sum_partials` in the wire's format; every part must have the length of the shape.
+
+    Raises StepFailed when there is none.
+    """
+    return to_wire(sum_partials([from_wire(part, wire, shape) for part in parts], wire), wire)
 
 
 def to_wire(tensor: Tensor, activations: ActivationFormat) -> memoryview:

@@ -1,28 +1,20 @@
-"""Ways to neighbours while their links stay as they are, and the short way of the parts of a sum.
+"""Which socket leads to which neighbour, while links and sockets stay as they are.
 
-That is: send a small frame at once, and wait at the one socket by which all who owe a part come in, and take what is
-due. Knows nothing of other messages: what is not due byte by byte, from a neighbour and by its own way, it hands back
-unread. A look at all sockets costs as much as a small sum itself, and between two sums of a step nothing else is due;
-so what else happens is heard of when this wait ends, within 10 ms. Each is one loop, because they run in processor
-caches that other processes have just filled, where every further function costs microseconds: with thirteen calls
-between a tensor and its sockets instead of six a sum took an eighth longer.
+Knows nothing of messages. Neighbours that dialled us come in by the listener, one that we dialled by a dealer of its
+own, and what the coordinator relays goes over the line to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import zmq
 
 from protocol.frames import Buffer
 from protocol.ids import WorkerId
-from protocol.transport import proven_key
 from worker.coordinator_line import CoordinatorLine
-from worker.due import Due
 from worker.peer import Peer
-from worker.sending import BLOCK, NOBLOCK, NOBLOCK_MORE, receive_rest, send_plain
-from worker.wire import JOIN_MOST_BYTES
 
 Socket = zmq.Socket[Any]
 
@@ -34,8 +26,28 @@ class Unread(NamedTuple):
     frames: list[zmq.Frame]
 
 
+class Way(NamedTuple):
+    """How a neighbour is reached: the frame that goes before a message for it, if any, and the socket."""
+
+    worker: WorkerId
+    socket: Socket
+    before: Buffer | None
+
+
+class Ways(NamedTuple):
+    """How one end of a star reaches its targets, and where its sources come in."""
+
+    targets: tuple[Way, ...]
+    door: Socket
+    """The one socket by which all sources come in; it has an RCVTIMEO of `DEAF_MOST_MS`."""
+    callers: Mapping[tuple[bytes, bytes], WorkerId] | None
+    """Who comes in by proven key and routing id, where the door is the listener; None where it leads to one only."""
+    touched: set[Socket]
+    """Is told of every socket used (`worker.watch`)."""
+
+
 class Doors:
-    """Which socket leads to which neighbours, as it is now: made anew when a link or a socket changes."""
+    """The sockets as they are now: made anew when a link or a socket changes."""
 
     def __init__(
         self, listener: Socket, line: CoordinatorLine, peers: Mapping[WorkerId, Peer], touched: set[Socket]
@@ -45,68 +57,20 @@ class Doors:
         ways = {peer.worker: peer.way(listener, line) for peer in linked}
         self.ways = {worker: (socket, before) for worker, (socket, before) in ways.items() if socket is not None}
         self._doors = {peer.worker: listener if peer.route else peer.dealer for peer in linked}
-        self._callers = {peer.key: peer for peer in linked if peer.route}
-        self._known: dict[tuple[WorkerId, ...], Socket | None] = {}
+        self._callers = {(peer.key, peer.route): peer.worker for peer in linked if peer.route}
         self._listener = listener
         self._touched = touched
 
-    def door(self, sources: tuple[WorkerId, ...]) -> Socket | None:
-        """Return the one socket by which all of these come in, None when there is none."""
-        if sources not in self._known:
-            doors = {self._doors.get(source) for source in sources}
-            self._known[sources] = doors.pop() if len(doors) == 1 else None
-        return self._known[sources]
-
-    def send(self, targets: Sequence[WorkerId], header: bytes, payload: Buffer) -> Sequence[WorkerId]:
-        """Send a message in its flat form to neighbours, in order, as long as each takes it at once.
-
-        Returns those who have yet to get it: all of them when it is too large to be copied.
-        """
-        if len(payload) > JOIN_MOST_BYTES:
-            return targets
-        frame, ways, touched = b"".join((header, payload)), self.ways, self._touched
-        for number, target in enumerate(targets):
-            if target not in ways:
-                return targets[number:]
-            socket, before = ways[target]
-            touched.add(socket)
-            try:
-                for part in before:
-                    send_plain(socket, part, NOBLOCK_MORE)
-                send_plain(socket, frame, NOBLOCK)
-            except zmq.ZMQError:  # full, or gone: the next try tells
-                return targets[number:]
-        return ()
-
-    def take(self, due: Due) -> Unread | None:
-        """Take what is due as it comes in by the door of its sources, if they have one.
-
-        Returns a message that is not due; None when all is there, or nothing came for 10 ms.
-        """
-        sources = due.sources
-        door = self._known[sources] if sources in self._known else self.door(sources)
-        if door is None:
+    def between(self, sources: Iterable[WorkerId], targets: Sequence[WorkerId]) -> Ways | None:
+        """Return how to reach all targets and by which one door all sources come in; None where that is not so."""
+        doors = {self._doors.get(source) for source in sources}
+        door = doors.pop() if len(doors) == 1 else None
+        if door is None or any(target not in self.ways for target in targets):
             return None
-        self._touched.add(door)
-        headers, parts, num_bytes = due.headers, due.parts, due.num_bytes
-        is_listener = door is self._listener
-        sender = sources[0]  # a dealer leads to one only
-        while headers:
-            try:
-                frames = [frame := door.recv(BLOCK, copy=False)]
-            except zmq.Again:
-                return None
-            if is_listener:
-                route = frame.bytes
-                frames.append(frame := door.recv(BLOCK, copy=False))
-                peer = self._callers.get(proven_key(frame))
-                if peer is None or peer.route != route:
-                    return Unread(door, receive_rest(door, frames))
-                sender = peer.worker
-            header = headers.get(sender, b"")
-            start, view = len(header), frame.buffer
-            if not header or frame.more or len(view) != start + num_bytes or view[:start] != header:
-                return Unread(door, receive_rest(door, frames))
-            del headers[sender]
-            parts[sender] = view[start:]
-        return None
+        ways = tuple(Way(target, self.ways[target][0], _only(self.ways[target][1])) for target in targets)
+        return Ways(ways, door, self._callers if door is self._listener else None, self._touched)
+
+
+def _only(before: Sequence[Buffer]) -> Buffer | None:
+    (frame,) = before or (None,)
+    return frame

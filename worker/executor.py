@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Final
 
+import numpy as np
 import torch
 
 from protocol.errors import CoordinatorLost, InvariantBroken, ManyhandsError, PeerLost, TileUnavailable
@@ -104,9 +105,9 @@ class Executor:
 
     @property
     def progress(self) -> int:
-        """A number that grows with every operation computed and every byte loaded or exchanged."""
+        """A number that grows with every operation computed and every byte loaded."""
         star = self._star
-        return self._count.bytes + (star.num_ops + star.num_bytes if star is not None else 0)
+        return self._count.bytes + (star.num_ops if star is not None else 0)
 
     @property
     def load_progress(self) -> tuple[int, int]:
@@ -145,6 +146,7 @@ class Executor:
 
     def _run(self) -> None:
         torch.set_num_threads(self._settings.num_threads)
+        np.seterr(over="ignore", invalid="ignore")  # sums of infinities are the model's own, here as in torch
         while True:
             try:
                 if not self._obey():

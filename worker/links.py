@@ -143,9 +143,9 @@ class Links:
         self._touch_line()
 
     def doors(self) -> Doors | None:
-        """Return the short ways to neighbours as they are now; None while something else must be heard or done first.
+        """Return the sockets of neighbours as they are now; None while something else must be heard or done first.
 
-        What `Doors.take` hands back belongs to `read`.
+        What a lane through them leaves unread belongs to `read`.
         """
         return None if self._arrivals or self._is_linking else self._doors
 

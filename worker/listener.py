@@ -72,4 +72,4 @@ class Listener:
 
 def heard(frames: Sequence[zmq.Frame]) -> Heard:
     """Tell who sent the frames of one message; raises AccessRefused without a proven key."""
-    return Heard(proven_key(frames[-1]), frames[0].bytes, [frame.buffer for frame in frames[1:]], frames[0])
+    return Heard(proven_key(frames[-1]), frames[0].bytes, [frame.buffer for frame in frames[1:]], frames[-1])

@@ -63,8 +63,8 @@ class DataPost:
 
         `unread`: a message that came by a short way and is taken in first.
         """
-        missing, deadline = len(due.headers), time.monotonic() + timeout_s
-        while due.headers:
+        missing, deadline = len(due.owing), time.monotonic() + timeout_s
+        while due.owing:
             # What has come is taken before way is given: the sum that ends a step is worth the step.
             arrival = self._receive(0 if self._is_urgent() else deadline - time.monotonic(), unread)
             unread = None
@@ -72,10 +72,10 @@ class DataPost:
                 self._keep(arrival)
             elif arrival is not None and not due.take(arrival):
                 return arrival
-            elif arrival is None and due.headers:
+            elif arrival is None and due.owing:
                 self.give_way()
-            if len(due.headers) < missing:
-                missing, deadline = len(due.headers), time.monotonic() + timeout_s
+            if len(due.owing) < missing:
+                missing, deadline = len(due.owing), time.monotonic() + timeout_s
             elif time.monotonic() >= deadline:
                 break
         return None

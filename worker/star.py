@@ -3,7 +3,8 @@
 Knows nothing of sockets (it is given `Post`) or of layers. Parts are added in the order of ranks, in fp32, rounded to
 the wire's format first, so every member computes on with the same bits whoever is hub.
 
-A frame is compared with the one that is due (`worker.due`), and decoded only to say in what it differs.
+Small sums go a short way (`worker.lanes`); the long way goes on where that ends, and with large sums. A frame is
+compared with the one that is due (`worker.due`), and decoded only to say in what it differs.
 
 Shapes: T rows of a batch, D hidden.
 """
@@ -23,15 +24,16 @@ from protocol.frames import Buffer
 from protocol.ids import WorkerId
 from protocol.messages import Partial, Sum
 from protocol.plans import Plan
-from runtime.reduce import Total, add_parts, sum_partials
+from runtime.reduce import Room, add_parts, sum_partials
 from runtime.tensors import as_bytes, as_tensor, dtype_of
 from worker.doors import Doors, Unread
-from worker.due import Due
+from worker.due import OWING, Due
+from worker.lanes import HubLane, MemberLane, Unfinished
+from worker.seat import PARTIAL, SUM, Seat
 from worker.wire import JOIN_MOST_BYTES, Arrival
 
 STEP_TIMEOUT_S: Final = 30.0
-PARTIAL: Final = flat.FORMS[Partial]
-SUM: Final = flat.FORMS[Sum]
+MAX_ROOMS: Final = 8  # of sizes that came last: sessions come and go one by one
 
 
 class Post(Protocol):
@@ -42,13 +44,13 @@ class Post(Protocol):
         ...
 
     def doors(self) -> Doors | None:
-        """Return the short ways to members; None while something else must be heard first."""
+        """Return the sockets that lead to members; None while something else must be heard first."""
         ...
 
     def collect(self, due: Due, timeout_s: float, unread: Unread | None = None) -> Arrival | None:
         """Wait until all that is due has come, or nothing of it comes for `timeout_s`; raises what ends the step.
 
-        Returns at once with a `Partial` or `Sum` that is not due. `unread`: what `Doors.take` handed back.
+        Returns at once with a `Partial` or `Sum` that is not due. `unread`: what a lane left unread.
         """
         ...
 
@@ -66,113 +68,123 @@ class Star:
         timeout_s: float = STEP_TIMEOUT_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        number = plan.stage_of(own)
-        if number is None:
-            raise ValueError(f"{own} is a member of no stage")
-        stage = plan.stages[number]
+        self._seat = Seat(plan, own)
         self._plan = plan
-        self._own, self._hub = own, stage.hub_worker
-        self._is_hub = own == self._hub
-        self._members = tuple(share.worker for share in stage.members)
-        self._ranks = {worker: rank for rank, worker in enumerate(self._members)}
-        self._rank = self._ranks[own]
-        self._targets = tuple(worker for worker in self._members if worker != own) if self._is_hub else (self._hub,)
-        owing = [(share, rank) for rank, share in enumerate(stage.members) if share.worker != own]
-        self._owing = (  # by parity of the operation: attention, FFN
-            tuple((share.worker, rank) for share, rank in owing if len(share.groups)),
-            tuple((share.worker, rank) for share, rank in owing if len(share.ffn)),
-        )
         self._post = post
         self._timeout_s = timeout_s
         self._device = device
-        self._format = flat.place_of(plan.wire)
         self._activations, self._wire = dtype_of(plan.model.activations), dtype_of(plan.wire)
         self._hidden = plan.model.hidden
         self._row_bytes = self._hidden * self._wire.itemsize
-        self._is_plain_fp32 = device.type == "cpu" and self._wire is self._activations is torch.float32
-        self._totals: dict[int, Total] = {}  # by rows
+        self._is_plain = device.type == "cpu" and self._wire is self._activations
+        self._rooms: dict[int, Room] = {}  # by rows
+        self._lanes: dict[int, HubLane | MemberLane | None] = {}  # by rows, through `_doors`
+        self._doors: Doors | None = None
         self._clock = clock
         self.num_ops = 0
-        self.num_bytes = 0
         self.seconds = 0.0  # spent on sums, waiting for other members included
+
+    def part(self, num_rows: int) -> Tensor | None:
+        """Return where the own part may be written before it is given to `reduce`; None where that saves nothing."""
+        room = self._room(num_rows) if self._is_plain and self._seat.targets else None
+        return room.part_TD if room is not None else None
 
     def reduce(self, step: int, num_rows: int, op: int, own_TD: Tensor | None) -> Tensor:
         """Return the sum of `op` over all members, `[T, D]`; every member calls this for every operation.
 
         It is valid until the next call: small sums lie in the same memory one after the other. Raises ProtocolViolation
         for a frame that does not fit, DeadlineExceeded naming whom it waited for in vain, StepFailed for an own part of
-        another shape.
+        another shape, or one that the plan does not have.
         """
-        if len(self._ranks) == 1:
-            total_TD = sum_partials([own_TD], self._plan.wire)
+        if not self._seat.targets:
             self.num_ops += 1
-            return total_TD.to(self._activations)
+            return sum_partials([own_TD], self._plan.wire).to(self._activations)
         began = self._clock()
-        shape, num_bytes = (num_rows, self._hidden), num_rows * self._row_bytes
-        own = None
-        if own_TD is not None:
-            own = as_bytes(own_TD if own_TD.dtype is self._wire else own_TD.to(self._wire))
-            if len(own) != num_bytes:
-                raise StepFailed(f"the own part of a sum of {num_bytes} bytes has shape {list(own_TD.shape)}")
-        # From here to the sockets the way is short on purpose, see `worker.doors`.
-        total = self._totals.get(num_rows)
-        if total is None and self._is_plain_fp32 and num_bytes <= JOIN_MOST_BYTES:
-            total = self._totals[num_rows] = Total(num_rows, self._hidden)
-        if self._is_hub:
-            payload = self._gather(step, op, shape, own, total)
+        room = self._rooms.get(num_rows)
+        if room is None or own_TD is not room.part_TD or not self._seat.has_part[op & 1]:
+            room = self._move_in(num_rows, op, own_TD)
+        if room is None:
+            total_TD = self._finish(self._whole(step, num_rows, op), num_rows, own_TD, None)
         else:
-            payload = self._ask_hub(step, op, num_bytes, own)
-            if total is not None:
-                total.octets[:] = payload
+            doors, lane = self._post.doors(), None
+            if doors is not None:
+                if doors is not self._doors:
+                    self._lanes.clear()
+                    self._doors = doors
+                lane = self._lanes[num_rows] if num_rows in self._lanes else self._open_lane(num_rows, room)
+            left = lane.sum(step, op) if lane is not None else self._whole(step, num_rows, op)
+            total_TD = room.total_TD if left is None else self._finish(left, num_rows, own_TD, room)
+        if not self._is_plain:
+            total_TD = total_TD.to(self._device, self._activations)
         self.num_ops += 1
         self.seconds += self._clock() - began
-        if total is not None:
-            return total.total_TD
-        return as_tensor(payload, self._wire, shape).to(self._device, self._activations)
+        return total_TD
 
-    def _gather(
-        self, step: int, op: int, shape: tuple[int, int], own: memoryview | None, total: Total | None
-    ) -> memoryview:
-        """Hub: wait for every part, add them in rank order, hand out the sum."""
-        epoch, form = self._plan.epoch, self._format
-        headers = {worker: PARTIAL.header(epoch, step, op, rank, form) for worker, rank in self._owing[op % 2]}
-        due = Due(step, op, headers, shape[0] * self._row_bytes)
-        doors = self._post.doors()
-        unread = None if doors is None else doors.take(due)
-        if headers:
-            self._wait(due, unread)
-            doors = self._post.doors()
-        parts = due.parts
-        if own is not None:
-            parts[self._own] = own
-        present = [parts[worker] for worker in self._members if worker in parts]
-        payload = add_parts(present, self._plan.wire, shape, total)
-        header = SUM.header(epoch, step, op, form)
-        targets = self._targets if doors is None else doors.send(self._targets, header, payload)
-        if targets:
-            self._post.send(targets, header, payload)
-        self.num_bytes += due.num_bytes * (len(parts) + len(self._targets))
-        return payload
+    def _room(self, num_rows: int) -> Room | None:
+        """Return where small sums lie; None for large ones, whose memory is not kept."""
+        if num_rows not in self._rooms and num_rows * self._row_bytes <= JOIN_MOST_BYTES:
+            if len(self._rooms) >= MAX_ROOMS:
+                oldest = next(iter(self._rooms))
+                del self._rooms[oldest]
+                self._lanes.pop(oldest, None)
+            self._rooms[num_rows] = Room(num_rows, self._hidden, self._plan.wire, PARTIAL.num_bytes, SUM.num_bytes)
+        return self._rooms.get(num_rows)
 
-    def _ask_hub(self, step: int, op: int, num_bytes: int, own: memoryview | None) -> memoryview:
-        """Another member: send the own part, wait for the sum."""
-        epoch, form, hub = self._plan.epoch, self._format, self._hub
-        doors = self._post.doors()
-        if own is not None:
-            header = PARTIAL.header(epoch, step, op, self._rank, form)
-            if doors is None or doors.send(self._targets, header, own):
-                self._post.send(self._targets, header, own)
-        due = Due(step, op, {hub: SUM.header(epoch, step, op, form)}, num_bytes)
-        unread = None if doors is None else doors.take(due)
-        if due.headers:
+    def _move_in(self, num_rows: int, op: int, own_TD: Tensor | None) -> Room | None:
+        """Check the own part and put it where small ones lie; returns that room."""
+        if (own_TD is not None) is not self._seat.has_part[op & 1]:
+            raise StepFailed(
+                f"{self._seat.own} has {'no' if own_TD is None else 'a'} part in op {op}, unlike in the plan"
+            )
+        if own_TD is not None and own_TD.shape != (num_rows, self._hidden):
+            raise StepFailed(f"the own part of a sum of {num_rows} rows has shape {list(own_TD.shape)}")
+        room = self._room(num_rows)
+        if room is not None and own_TD is not None:
+            room.part_TD.copy_(own_TD)
+        return room
+
+    def _open_lane(self, num_rows: int, room: Room) -> HubLane | MemberLane | None:
+        """Return the short way for sums of so many rows, if there is one through the doors of this moment."""
+        seat, doors = self._seat, self._doors
+        ways = doors.between(seat.sources, seat.targets) if doors is not None else None
+        lane: HubLane | MemberLane | None = None
+        if ways is not None:
+            lane = HubLane(ways, seat, room) if seat.is_hub else MemberLane(ways, seat, room)
+        self._lanes[num_rows] = lane
+        return lane
+
+    def _whole(self, step: int, num_rows: int, op: int) -> Unfinished:
+        """Return all that is to be done for a sum."""
+        return Unfinished(self._seat.due(step, op, num_rows * self._row_bytes), None, self._seat.targets)
+
+    def _finish(self, left: Unfinished, num_rows: int, own_TD: Tensor | None, room: Room | None) -> Tensor:
+        """Do the long way what is left of a sum."""
+        (due, unread, targets), seat = left, self._seat
+        own = OWING
+        if own_TD is not None:
+            own = room.part if room is not None else as_bytes(own_TD.to(self._wire))
+        if seat.is_hub:
+            if own_TD is not None:
+                due.parts[seat.own] = own
             self._wait(due, unread)
-        self.num_bytes += num_bytes * (1 if own is None else 2)
-        return due.parts[hub]
+            payload = add_parts(list(due.parts.values()), self._plan.wire, (num_rows, self._hidden))
+            self._post.send(targets, seat.sum_header(due.step, due.op, seat.form), payload)
+        else:
+            if own_TD is not None and targets:
+                self._post.send(targets, seat.partial_header(due.step, due.op, seat.rank, seat.form), own)
+            self._wait(due, unread)
+            payload = due.parts[seat.hub]
+        if room is None:
+            return as_tensor(payload, self._wire, (num_rows, self._hidden))
+        room.total[:] = payload
+        return room.total_TD
 
     def _wait(self, due: Due, unread: Unread | None) -> None:
-        """Wait for what did not come by the short way; raises what `reduce` does."""
+        """Wait for what has not come; raises what `reduce` does."""
+        if not due.owing:
+            return
         arrival = self._post.collect(due, self._timeout_s, unread)
-        if due.headers:
+        if due.owing:
             raise self._failure(arrival, due)
 
     def _failure(self, arrival: Arrival | None, due: Due) -> ManyhandsError:
@@ -180,8 +192,8 @@ class Star:
         if arrival is not None:
             return self._difference(arrival, due)
         return DeadlineExceeded(
-            f"{', '.join(due.headers)} sent nothing for op {due.op} of step {due.step} within {self._timeout_s:g} s",
-            node=next(iter(due.headers)),
+            f"{', '.join(due.owing)} sent nothing for op {due.op} of step {due.step} within {self._timeout_s:g} s",
+            node=due.owing[0],
             phase="reduce",
         )
 
@@ -193,10 +205,11 @@ class Star:
         except ProtocolViolation as error:
             error.node = sender
             return error
-        kind = Partial if self._is_hub else Sum
-        if not isinstance(message, kind) or (kind is Sum and sender != self._hub):
-            what = f"sent a {type(message).__name__}, due was a {kind.__name__}{'' if self._is_hub else ' of the hub'}"
-        elif isinstance(message, Partial) and message.rank != self._ranks.get(sender):
+        is_hub = self._seat.is_hub
+        kind = Partial if is_hub else Sum
+        if not isinstance(message, kind) or (kind is Sum and sender != self._seat.hub):
+            what = f"sent a {type(message).__name__}, due was a {kind.__name__}{'' if is_hub else ' of the hub'}"
+        elif isinstance(message, Partial) and message.rank != self._seat.ranks.get(sender):
             what = f"claims rank {message.rank}"
         elif (message.step, message.op) != (due.step, due.op):
             what = f"sent op {message.op} of step {message.step}, due was op {due.op} of step {due.step}"

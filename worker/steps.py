@@ -193,7 +193,9 @@ class StepRunner:
             self._post.give_way()
             return star.reduce(batch.step, count, op, part_TD)
 
-        hidden_TD = self._parts.stage.forward(hidden_TD, batch.rows, reduce, None if batch.is_whole else batch.layers)
+        hidden_TD = self._parts.stage.forward(
+            hidden_TD, batch.rows, reduce, None if batch.is_whole else batch.layers, star.part(count)
+        )
         self._count(began, steps=1)
         if is_hub:
             is_over = not batch.is_whole and batch.layers.end <= stage.layers.end

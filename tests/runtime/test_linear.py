@@ -8,7 +8,7 @@ import torch
 from protocol.tiles import Part
 from runtime import packed
 from runtime.kernels import Kernels
-from runtime.linear import PackedLinear, PlainLinear
+from runtime.linear import PackedLinear, PlainLinear, project
 from runtime.matrices import arrange, arrangement, make_matrix
 from runtime.packed import can_pack_bfloat16, can_view_packed
 
@@ -30,6 +30,21 @@ def test_products_are_those_of_torch(shape, dtype, has_bias):
         found = matrix.apply(x)
     assert found.dtype is dtype
     torch.testing.assert_close(found, wanted, rtol=0.02 if dtype is torch.bfloat16 else 1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_a_product_may_be_written_where_it_is_wanted_with_the_same_bits(rows, dtype, has_bias):
+    generator = torch.Generator().manual_seed(7)
+    weight, x = (torch.randn(size, 64, generator=generator).to(dtype) for size in (48, rows))
+    matrix = PlainLinear(weight, torch.ones(48, dtype=dtype) if has_bias else None, fewest_rows=2)
+    wanted, place = matrix.apply(x), torch.full((rows, 48), 9.0, dtype=dtype)
+    found = project(matrix, x, place)
+    assert torch.equal(found, wanted)
+    is_there = not has_bias and rows >= 2
+    assert torch.equal(place, wanted) is is_there
+    assert (found.data_ptr() == place.data_ptr()) is is_there
 
 
 @pytest.mark.parametrize("is_pinned", [False, True])

@@ -297,7 +297,7 @@ def run_stage(spec: ModelSpec, members: Sequence[StageModel], hidden: Tensor, ro
         def reduce(op: int, part: Tensor | None) -> Tensor:
             parts[rank] = part
             barrier.wait()
-            total = sum_partials(list(parts), spec.activations)
+            total = sum_partials(list(parts), spec.activations).clone()  # a single part would be its own sum
             barrier.wait()  # nobody may overwrite its part before all have added
             return total
 
@@ -305,7 +305,8 @@ def run_stage(spec: ModelSpec, members: Sequence[StageModel], hidden: Tensor, ro
 
     def run(rank: int) -> None:
         try:
-            results[rank] = members[rank].forward(hidden, rows, reducer(rank))
+            place = torch.empty_like(hidden) if rank % 2 else None  # with and without a place for its parts
+            results[rank] = members[rank].forward(hidden, rows, reducer(rank), part_TD=place)
         except BaseException as error:
             barrier.abort()
             results[rank] = error

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import zmq
+from linked_ends import linked_ends
 from tiny_cluster import LOOPBACK, SPEC, TinyCluster, plan_of
 
 from protocol import flat
@@ -18,16 +19,15 @@ from protocol.batches import SessionRows
 from protocol.errors import AccessRefused, BudgetTooSmall, CoordinatorLost, DeadlineExceeded, ManyhandsError, PeerLost
 from protocol.frames import decode, encode
 from protocol.ids import SessionId, WorkerId
-from protocol.messages import Activation, LinkHello, LinkMode, LinkOrder, LinkWelcome, Partial, Peer, Step
+from protocol.messages import Activation, LinkHello, LinkWelcome, Partial, Step
 from protocol.plans import Plan
 from protocol.security import Gate, KeyPair
 from protocol.specs import ActivationFormat, Span
 from protocol.tiles import TileId, TileKind
 from protocol.transport import bind_router, dial
 from worker.commands import Begin, Drop, Failed, Forget, LoadTiles, Ready, Rest, Stop, TilesSpoiled
-from worker.due import Due
 from worker.links import Links
-from worker.wire import Arrival, unpack_data
+from worker.wire import unpack_data
 
 ALL, GROUPS, FFN = Span(0, SPEC.layers), Span(0, SPEC.kv_heads), Span(0, SPEC.ffn_tiles)
 A, B, C = (WorkerId(name) for name in "abc")
@@ -47,23 +47,8 @@ def cluster(tmp_path: Path) -> Iterator[TinyCluster]:
 @pytest.fixture
 def ends() -> Iterator[tuple[Links, Links]]:
     """Two linked ends, b dials a."""
-    keys = [KeyPair.generate(), KeyPair.generate()]
-    one, two = Links(keys[0], LOOPBACK), Links(keys[1], LOOPBACK)
-    for links, name in ((one, A), (two, B)):
-        links.attach(name, "127.0.0.1:9", keys[0].public)  # nobody is there
-    one.admit([keys[1].public])
-    address = one.address.removeprefix("tcp://")
-    one.begin(1, [LinkOrder(peer=Peer(worker=B, public_key=keys[1].public, addresses=()), mode=LinkMode.LISTEN)])
-    two.begin(1, [LinkOrder(peer=Peer(worker=A, public_key=keys[0].public, addresses=(address,)), mode=LinkMode.DIAL)])
-    for _ in range(500):
-        if not any(one.unlinked) and not any(two.unlinked):
-            break
-        assert one.receive(0.02) is None
-        assert two.receive(0.02) is None
-    assert not any(one.unlinked) and not any(two.unlinked)
-    yield one, two
-    one.close()
-    two.close()
+    with linked_ends() as both:
+        yield both
 
 
 def test_a_broken_line_to_the_coordinator_is_told() -> None:
@@ -125,132 +110,6 @@ def test_what_a_neighbour_may_not_send_is_refused(ends: tuple[Links, Links]) -> 
     two.send((A,), Step(epoch=1, step=1, rows=rows), b"\0\0\0\0")
     with pytest.raises(ManyhandsError, match="b may not send Step"):
         one.receive(5.0)
-
-
-def due_of(op: int, num_bytes: int) -> Due:
-    return Due(1, op, {B: flat.FORMS[Partial].pack(partial(1, op))}, num_bytes)
-
-
-def receive(links: Links, due: Due) -> Arrival | None:
-    """Do as the compute thread does: by the short way first, then by all."""
-    doors = links.doors()
-    if doors is not None:
-        unread = doors.take(due)
-        if unread is not None:
-            links.read(unread)
-        if not due.headers:
-            return None
-    return links.receive(60.0)
-
-
-def test_what_is_due_is_taken_and_what_comes_before_it_is_returned(ends: tuple[Links, Links]) -> None:
-    one, two = ends
-    rows = (SessionRows(session=SessionId(1), start=0, count=1, capacity=1),)
-    two.send((A,), partial(0), b"of another epoch")
-    two.send((A,), Activation(epoch=1, step=1, stage=0, format=ActivationFormat.FLOAT32, rows=rows), b"first")
-    two.send((A,), partial(1, op=7), b"four")
-    two.send((A,), partial(1, op=3), b"five")
-    due = due_of(3, 4)
-    found = []
-    while due.headers:
-        arrival = receive(one, due)
-        if arrival is not None and not due.take(arrival):
-            found.append(bytes(arrival.payload))
-    assert found == [b"first", b"four"]
-    assert bytes(due.parts[B]) == b"five"
-    assert one.num_dropped == 1
-
-
-@pytest.mark.parametrize("payload", [b"too long", b"", bytes(40_000)])
-def test_a_frame_of_another_length_is_not_taken_as_due(ends: tuple[Links, Links], payload: bytes) -> None:
-    one, two = ends
-    two.send((A,), partial(1), payload)
-    due = due_of(0, 4)
-    arrival = receive(one, due)
-    assert arrival is not None
-    assert not due.take(arrival)
-    assert (len(arrival.payload), list(due.headers)) == (len(payload), [B])
-
-
-def test_a_wait_for_what_is_due_hears_a_wake_and_a_break(ends: tuple[Links, Links]) -> None:
-    one, two = ends
-    one.wake()
-    assert receive(one, due_of(0, 4)) is None
-    two.end()
-    with pytest.raises(PeerLost) as caught:
-        receive(one, due_of(0, 4))
-    assert caught.value.node == B
-
-
-@pytest.mark.parametrize(("num_bytes", "is_small"), [(0, True), (32 * 1024, True), (32 * 1024 + 1, False)])
-def test_small_frames_go_the_short_way(ends: tuple[Links, Links], num_bytes: int, is_small: bool) -> None:
-    one, two = ends
-    doors, header, payload = one.doors(), flat.FORMS[Partial].pack(partial(1)), bytes(num_bytes)
-    assert doors is not None
-    assert list(doors.send((B, C), header, payload)) == ([C] if is_small else [B, C])  # nobody is linked as c
-    if not is_small:
-        one.send((B,), header, payload)
-    arrival = two.receive(60.0)
-    assert arrival is not None
-    assert (arrival.message, bytes(arrival.payload)) == (header, payload)
-
-
-def test_who_has_gone_is_left_to_the_long_way_which_says_so(ends: tuple[Links, Links]) -> None:
-    one, two = ends
-    doors, header = one.doors(), flat.FORMS[Partial].pack(partial(1))
-    assert doors is not None
-    two.end()
-    assert one._listener.monitor.poll(5000)  # gone
-    for _ in range(500):  # the I/O thread tells the socket a little later
-        if doors.send((B,), header, b"four"):
-            break
-        one._listener.socket.poll(10)
-    assert list(doors.send((B,), header, b"four")) == [B]
-    with pytest.raises(PeerLost):
-        one.send((B,), header, b"four")
-
-
-def test_what_waits_to_be_taken_comes_before_the_short_way(ends: tuple[Links, Links]) -> None:
-    one, two = ends
-    two.send((A,), partial(1, op=7), b"four")
-    two.send((A,), partial(1, op=3), b"five")
-    doors, due = one.doors(), due_of(3, 4)
-    assert doors is not None
-    unread = doors.take(due)
-    assert unread is not None
-    one.read(unread)
-    assert one.doors() is None
-    arrival = one.receive(0)
-    assert arrival is not None and bytes(arrival.payload) == b"four"
-    assert one.doors() is not None
-
-
-def test_a_stolen_name_is_not_taken_for_its_owner(ends: tuple[Links, Links]) -> None:
-    """A third worker, admitted with its own key, claims the routing id of one that has just gone."""
-    one, two = ends
-    thief_keys = KeyPair.generate()
-    one.admit([two._keys.public, thief_keys.public])
-    route = one._peers[B].route
-    two.end()
-    assert one._listener.monitor.poll(5000)  # gone, and nobody has been told yet
-    context: zmq.Context[Any] = zmq.Context()
-    try:
-        for _ in range(40):  # a ROUTER is deaf to a second owner of a name until it has let go of the first
-            thief = dial(context, one.address, thief_keys, one._keys.public, route, 2**20)
-            assert thief.poll(5000, zmq.POLLOUT)
-            thief.send(flat.FORMS[Partial].pack(partial(1)) + b"evil")
-            if one._listener.socket.poll(250):
-                break
-            thief.close(linger=0)
-        due = due_of(0, 4)
-        doors = one.doors()
-        assert doors is not None
-        unread = doors.take(due)
-        assert due.headers and not due.parts
-        assert unread is not None
-        assert unread.frames[0].bytes == route
-    finally:
-        context.destroy(linger=0)
 
 
 def test_a_wake_ends_a_wait(ends: tuple[Links, Links]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,15 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_cluster import SPEC, plan_of
 
+import worker.star as star_module
 from protocol import flat
 from protocol.errors import DeadlineExceeded, FrameMalformed, ManyhandsError, ProtocolViolation, StepFailed
 from protocol.frames import Buffer
 from protocol.ids import WorkerId
 from protocol.messages import Activation, Partial, Sum
 from protocol.specs import ActivationFormat, Span
-from runtime.reduce import to_wire
+from runtime.reduce import Room, add_parts, to_wire
 from worker.due import Due
-from worker.star import Star
+from worker.lanes import Unfinished
+from worker.seat import Seat
+from worker.star import MAX_ROOMS, Star
 from worker.wire import Arrival, open_data, pack_data, unpack_data
 
 A, B, C = (WorkerId(name) for name in "abc")
@@ -29,25 +32,46 @@ PLAN = plan_of([(Span(0, SPEC.layers), MEMBERS, 0)], head="a")
 ATTENTION, FFN = 2, 3
 
 
+class FakeLane:
+    """The short way of a `FakePost`: takes what is due, leaves what is not, and sends to the first target only."""
+
+    def __init__(self, post: FakePost, seat: Seat, room: Room) -> None:
+        self._post = post
+        self._seat = seat
+        self._room = room
+
+    def sum(self, step: int, op: int) -> Unfinished | None:
+        post, seat, room = self._post, self._seat, self._room
+        due, part = seat.due(step, op, len(room.part)), b""
+        if seat.has_part[op & 1]:
+            part = bytes(room.part)
+            if seat.is_hub:
+                due.parts[seat.own] = room.part
+            else:
+                post.send(seat.targets, seat.partial_header(step, op, seat.rank, seat.form), part)
+        unread: Any = post.take(due)
+        if due.owing:
+            return Unfinished(due, unread, seat.targets if seat.is_hub else ())
+        if not seat.is_hub:
+            room.total[:] = due.parts[seat.hub]
+            return None
+        room.total[:] = add_parts(list(due.parts.values()), FP32, (len(room.part_TD), SPEC.hidden))
+        post.send(seat.targets[:1], seat.sum_header(step, op, seat.form), room.total)
+        return Unfinished(due, None, seat.targets[1:]) if seat.targets[1:] else None
+
+
 class FakeDoors:
-    """The short way of a `FakePost`: takes what is due, hands back what is not, and sends to the first target only."""
+    """Doors through which the ways are those of a `FakeLane`."""
 
     def __init__(self, post: FakePost) -> None:
-        self._post = post
-
-    def send(self, targets: Sequence[WorkerId], header: bytes, payload: Buffer) -> Sequence[WorkerId]:
-        self._post.send(targets[:1], header, payload)
-        return targets[1:]
-
-    def take(self, due: Due) -> Any:
-        return self._post.take(due)
+        self.between = lambda sources, targets: post
 
 
-@pytest.fixture(autouse=True, scope="module", params=[False, True], ids=["long way", "short way"])
-def _way(request: pytest.FixtureRequest) -> Iterator[None]:
-    FakePost.has_doors = request.param
-    yield
-    FakePost.has_doors = False
+@pytest.fixture(autouse=True, params=[False, True], ids=["long way", "short way"])
+def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakePost, "has_doors", request.param)
+    monkeypatch.setattr(star_module, "HubLane", FakeLane)
+    monkeypatch.setattr(star_module, "MemberLane", FakeLane)
 
 
 class FakePost:
@@ -58,20 +82,21 @@ class FakePost:
     def __init__(self, frames: list[Arrival]) -> None:
         self.frames = frames
         self.sent: list[tuple[WorkerId, Any, bytes]] = []
+        self._doors: Any = FakeDoors(self)
 
     def send(self, targets: Sequence[WorkerId], message: object, payload: Buffer) -> None:
         assert isinstance(message, bytes)
         self.sent += [(target, flat.unpack(message), bytes(payload)) for target in targets]
 
     def doors(self) -> Any:
-        return FakeDoors(self) if self.has_doors else None
+        return self._doors if self.has_doors else None
 
     def collect(self, due: Due, timeout_s: float, unread: Any = None) -> Arrival | None:
         return unread or self.take(due)
 
     def take(self, due: Due) -> Arrival | None:
-        """Take what is due; returns the first that is not."""
-        while due.headers and self.frames:
+        """Take what is due from others; returns the first that is not."""
+        while due.owing and self.frames:
             arrival = self.frames.pop(0)
             if not due.take(arrival):
                 return arrival
@@ -173,6 +198,36 @@ def test_a_part_that_comes_twice_is_refused() -> None:
     hub, _ = star(A, [part(B, 1, 1.0, op=FFN), part(B, 1, 1.0, op=FFN)])
     with pytest.raises(ProtocolViolation, match="b has no part in op 3, or sent it twice"):
         hub.reduce(5, 2, FFN, tensor(1.0))
+
+
+def test_a_part_may_lie_where_it_is_sent_from() -> None:
+    for own, frames in ((A, [part(B, 1, 1.0)]), (B, [total(A, 3.0)])):
+        end, post = star(own, frames)
+        own_TD = end.part(2)
+        assert own_TD is not None
+        own_TD.fill_(2.0)
+        assert torch.equal(end.reduce(5, 2, ATTENTION, own_TD), tensor(3.0))
+        assert post.sent[0][2] == bytes(to_wire(tensor(3.0 if own == A else 2.0), FP32))
+    assert end.part(32 * 1024 // (4 * SPEC.hidden) + 1) is None  # too long to be copied
+
+
+def test_sums_of_many_sizes_are_kept_in_little_memory() -> None:
+    end, post = star(B, [])
+    for rows in [*range(1, 2 * MAX_ROOMS), 1]:
+        post.frames.append(
+            Arrival(A, total(A, 0.0)[1], to_wire(tensor(float(rows), rows), FP32)),
+        )
+        assert torch.equal(end.reduce(5, rows, ATTENTION, tensor(1.0, rows)), tensor(float(rows), rows))
+    assert len(end._rooms) == MAX_ROOMS
+    assert len(end._lanes) <= MAX_ROOMS
+
+
+@pytest.mark.parametrize(("own", "op", "words"), [(A, ATTENTION, "a has no part"), (C, ATTENTION, "c has a part")])
+def test_a_part_unlike_in_the_plan_is_refused(own: WorkerId, op: int, words: str) -> None:
+    end, post = star(own, [])
+    with pytest.raises(StepFailed, match=words):
+        end.reduce(5, 2, op, None if own == A else tensor(1.0))
+    assert post.sent == []
 
 
 def test_an_own_part_of_another_shape_is_refused() -> None:
