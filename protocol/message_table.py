@@ -9,8 +9,8 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import NamedTuple, TypeVar
 
-VERSION = 1
-OLDEST_VERSION = 1
+VERSION = 2
+OLDEST_VERSION = 2  # in 1 the hub of two members handed out a Sum, where both now add (decision 0012)
 
 KIB, MIB = 2**10, 2**20
 MAX_HEADER_BYTES = 64 * KIB

@@ -75,7 +75,10 @@ class Activation:
 @message(33, {W, H}, {W, H}, payload_bytes=MAX_TENSOR_BYTES)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Partial:
-    """One member's part of the sum of `op` (2 x layer for attention, + 1 for the FFN). Payload: `[rows, hidden]`."""
+    """One member's part of the sum of `op` (2 x layer for attention, + 1 for the FFN). Payload: `[rows, hidden]`.
+
+    It goes to the hub; where a stage has two members, each sends its part to the other.
+    """
 
     epoch: Epoch
     step: StepId
@@ -87,7 +90,7 @@ class Partial:
 @message(34, {W, H}, {W, H}, payload_bytes=MAX_TENSOR_BYTES)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sum:
-    """The hub's sum of `op`, the same bytes to every member. Payload: `[rows, hidden]`."""
+    """The hub's sum of `op`, the same bytes to every member of three or more. Payload: `[rows, hidden]`."""
 
     epoch: Epoch
     step: StepId

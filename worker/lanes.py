@@ -11,7 +11,7 @@ these made a sum of 4 KiB a fifth longer.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Final, NamedTuple
 
 import zmq
@@ -47,10 +47,7 @@ class HubLane:
         self._room = room
         self._neighbour = next(iter(seat.sources))  # the only one where the door is not the listener
         self._adders = tuple(Adder(room, len(owners)) for owners in seat.owners)
-        self._places = tuple(  # rank, and where the part is laid
-            {owner: (seat.ranks[owner], row) for owner, row in zip(owners, adder.rows, strict=True)}
-            for owners, adder in zip(seat.owners, self._adders, strict=True)
-        )
+        self._places = _places(seat, self._adders)
 
     def sum(self, step: int, op: int) -> Unfinished | None:
         """Take the parts, add the own one to them and hand the sum out; None when all that is done.
@@ -58,7 +55,7 @@ class HubLane:
         The own part, if there is one, and the sum lie in the room.
         """
         seat, room, door, callers = self._seat, self._room, self._door, self._callers
-        owing, receive, header_of, form = self._places[op & 1].copy(), door.recv, seat.partial_header, seat.form
+        owing, receive, header_of, form = dict(self._places[op & 1]), door.recv, seat.partial_header, seat.form
         if seat.own in owing:
             owing.pop(seat.own)[1][:] = room.part
         header, total = seat.sum_header(step, op, form), room.total_frame
@@ -94,8 +91,7 @@ class HubLane:
     def _unfinished(
         self, step: int, op: int, owing: Container[WorkerId], unread: Unread | None = None, num_sent: int = 0
     ) -> Unfinished:
-        due = self._seat.due(step, op, len(self._room.part))
-        due.parts.update((owner, row) for owner, (_, row) in self._places[op & 1].items() if owner not in owing)
+        due = _filled(self._seat.due(step, op, len(self._room.part)), self._places[op & 1], owing)
         return Unfinished(due, unread, [way.worker for way in self._targets[num_sent:]])
 
 
@@ -107,7 +103,7 @@ class MemberLane:
         ((self._hub, self._socket, self._before),), self._door, self._callers, self._touched = ways
         self._used = {self._door, self._socket}
         self._seat = seat
-        self._rank = seat.rank
+        self._rank = seat.ranks[seat.own]
         self._room = room
 
     def sum(self, step: int, op: int) -> Unfinished | None:
@@ -139,6 +135,74 @@ class MemberLane:
     def _unfinished(self, step: int, op: int, unread: Unread | None = None, *, is_sent: bool = True) -> Unfinished:
         due = self._seat.due(step, op, len(self._room.part))
         return Unfinished(due, unread, () if is_sent else (self._hub,))
+
+
+class PairLane:
+    """The short way of one of two members, who send each other their parts and both add them."""
+
+    def __init__(self, ways: Ways, seat: Seat, room: Room) -> None:
+        """The ways lead to the other, who comes in by their door."""
+        ((self._other, self._socket, self._before),), self._door, self._callers, self._touched = ways
+        self._used = {self._door, self._socket}
+        self._seat = seat
+        self._rank, self._other_rank = seat.ranks[seat.own], seat.ranks[self._other]
+        self._room = room
+        self._adders = tuple(Adder(room, len(owners)) for owners in seat.owners)
+        self._places = _places(seat, self._adders)
+
+    def sum(self, step: int, op: int) -> Unfinished | None:
+        """Send the own part, take the other one and add both; None when that is done. Part and sum lie in the room."""
+        seat, room, door, callers = self._seat, self._room, self._door, self._callers
+        places, part, form = self._places[op & 1], room.part_frame, seat.form
+        size = len(part)
+        start = size - len(room.part)
+        self._touched.update(self._used)
+        if seat.own in places:
+            part[:start] = seat.partial_header(step, op, self._rank, form)
+            try:
+                if self._before is not None:
+                    send_plain(self._socket, self._before, NOBLOCK_MORE)
+                send_plain(self._socket, part, NOBLOCK)
+            except zmq.ZMQError:  # full, or gone: the long way tells
+                return self._unfinished(step, op, is_sent=False)
+            places[seat.own][1][:] = room.part
+        if self._other in places:
+            header = seat.partial_header(step, op, self._other_rank, form)
+            try:
+                route = b"" if callers is None else door.recv(BLOCK)
+                frame = door.recv(BLOCK, copy=False)
+            except zmq.Again:
+                return self._unfinished(step, op)
+            is_of_other = callers is None or callers.get((proven_key(frame), route)) == self._other
+            view = frame.buffer
+            if not is_of_other or len(view) != size or view[:start] != header or frame.more:
+                return self._unfinished(step, op, _unread(door, route, frame))
+            places[self._other][1][:] = view[start:]
+        self._adders[op & 1].add()
+        return None
+
+    def _unfinished(self, step: int, op: int, unread: Unread | None = None, *, is_sent: bool = True) -> Unfinished:
+        owing = (self._other,) if is_sent else tuple(self._places[op & 1])
+        due = _filled(self._seat.due(step, op, len(self._room.part)), self._places[op & 1], owing)
+        return Unfinished(due, unread, () if is_sent else (self._other,))
+
+
+Lane = HubLane | MemberLane | PairLane
+Places = Mapping[WorkerId, tuple[int, memoryview]]
+"""The rank of who has a part, and where its part is laid."""
+
+
+def _places(seat: Seat, adders: Sequence[Adder]) -> tuple[Places, ...]:
+    return tuple(
+        {owner: (seat.ranks[owner], row) for owner, row in zip(owners, adder.rows, strict=True)}
+        for owners, adder in zip(seat.owners, adders, strict=True)
+    )
+
+
+def _filled(due: Due, places: Places, owing: Container[WorkerId]) -> Due:
+    """Fill in the parts that have been laid in their places."""
+    due.parts.update((owner, row) for owner, (_, row) in places.items() if owner not in owing)
+    return due
 
 
 def _unread(door: Socket, route: bytes, frame: zmq.Frame) -> Unread:

@@ -32,18 +32,23 @@ class Seat:
             raise ValueError(f"{own} is a member of no stage")
         stage = plan.stages[number]
         members = tuple(share.worker for share in stage.members)
+        others = tuple(worker for worker in members if worker != own)
+        is_hub = own == stage.hub_worker
         self.own = own
+        self.is_pair = len(members) == 2
+        """Both send their part and add, so that a sum takes one way instead of two (decision 0012)."""
+        self.adds = is_hub or self.is_pair
+        self.hands_out = is_hub and not self.is_pair
         self.hub = stage.hub_worker
-        self.is_hub = own == self.hub
         self.ranks = {worker: rank for rank, worker in enumerate(members)}
-        self.targets = tuple(worker for worker in members if worker != own) if self.is_hub else (self.hub,)
+        self.targets = others if self.adds else (self.hub,)
         self.owners = (
             tuple(share.worker for share in stage.members if len(share.groups)),
             tuple(share.worker for share in stage.members if len(share.ffn)),
         )
         """Who has a part, in the order of ranks."""
         self.has_part = tuple(own in owners for owners in self.owners)
-        self.sources = {owner for owners in self.owners for owner in owners} - {own} if self.is_hub else {self.hub}
+        self.sources = {owner for owners in self.owners for owner in owners} - {own} if self.adds else {self.hub}
         """Who sends to this member."""
         self.form = flat.place_of(plan.wire)
         self.partial_header: Callable[[int, int, int, int], bytes] = functools.partial(PARTIAL.header, plan.epoch)
@@ -51,14 +56,9 @@ class Seat:
         self.sum_header: Callable[[int, int, int], bytes] = functools.partial(SUM.header, plan.epoch)
         """Make the header of a sum, given step, operation and `form`."""
 
-    @property
-    def rank(self) -> int:
-        """This member's place in the order in which parts are added."""
-        return self.ranks[self.own]
-
     def due(self, step: int, op: int, num_bytes: int) -> Due:
-        """Return what is to come for an operation; the hub's own part, if it has one, is owing too."""
-        if not self.is_hub:
+        """Return what is to come for an operation; an own part that is added here is owing too."""
+        if not self.adds:
             return Due(step, op, num_bytes, {self.hub: self.sum_header(step, op, self.form)}, {self.hub: OWING})
         headers = {owner: self.partial_header(step, op, self.ranks[owner], self.form) for owner in self.owners[op & 1]}
         return Due(step, op, num_bytes, headers, dict.fromkeys(headers, OWING))

@@ -28,7 +28,7 @@ from runtime.reduce import Room, add_parts, sum_partials
 from runtime.tensors import as_bytes, as_tensor, dtype_of
 from worker.doors import Doors, Unread
 from worker.due import OWING, Due
-from worker.lanes import HubLane, MemberLane, Unfinished
+from worker.lanes import HubLane, Lane, MemberLane, PairLane, Unfinished
 from worker.seat import PARTIAL, SUM, Seat
 from worker.wire import JOIN_MOST_BYTES, Arrival
 
@@ -78,7 +78,7 @@ class Star:
         self._row_bytes = self._hidden * self._wire.itemsize
         self._is_plain = device.type == "cpu" and self._wire is self._activations
         self._rooms: dict[int, Room] = {}  # by rows
-        self._lanes: dict[int, HubLane | MemberLane | None] = {}  # by rows, through `_doors`
+        self._lanes: dict[int, Lane | None] = {}  # by rows, through `_doors`
         self._doors: Doors | None = None
         self._clock = clock
         self.num_ops = 0
@@ -143,13 +143,14 @@ class Star:
             room.part_TD.copy_(own_TD)
         return room
 
-    def _open_lane(self, num_rows: int, room: Room) -> HubLane | MemberLane | None:
+    def _open_lane(self, num_rows: int, room: Room) -> Lane | None:
         """Return the short way for sums of so many rows, if there is one through the doors of this moment."""
         seat, doors = self._seat, self._doors
         ways = doors.between(seat.sources, seat.targets) if doors is not None else None
-        lane: HubLane | MemberLane | None = None
+        lane: Lane | None = None
         if ways is not None:
-            lane = HubLane(ways, seat, room) if seat.is_hub else MemberLane(ways, seat, room)
+            kind = PairLane if seat.is_pair else HubLane if seat.hands_out else MemberLane
+            lane = kind(ways, seat, room)
         self._lanes[num_rows] = lane
         return lane
 
@@ -163,17 +164,17 @@ class Star:
         own = OWING
         if own_TD is not None:
             own = room.part if room is not None else as_bytes(own_TD.to(self._wire))
-        if seat.is_hub:
-            if own_TD is not None:
-                due.parts[seat.own] = own
-            self._wait(due, unread)
-            payload = add_parts(list(due.parts.values()), self._plan.wire, (num_rows, self._hidden))
-            self._post.send(targets, seat.sum_header(due.step, due.op, seat.form), payload)
-        else:
-            if own_TD is not None and targets:
-                self._post.send(targets, seat.partial_header(due.step, due.op, seat.rank, seat.form), own)
-            self._wait(due, unread)
+        if own_TD is not None and seat.adds:
+            due.parts[seat.own] = own
+        if own_TD is not None and not seat.hands_out and targets:
+            self._post.send(targets, seat.partial_header(due.step, due.op, seat.ranks[seat.own], seat.form), own)
+        self._wait(due, unread)
+        if not seat.adds:
             payload = due.parts[seat.hub]
+        else:
+            payload = add_parts(list(due.parts.values()), self._plan.wire, (num_rows, self._hidden))
+        if seat.hands_out:
+            self._post.send(targets, seat.sum_header(due.step, due.op, seat.form), payload)
         if room is None:
             return as_tensor(payload, self._wire, (num_rows, self._hidden))
         room.total[:] = payload
@@ -205,10 +206,10 @@ class Star:
         except ProtocolViolation as error:
             error.node = sender
             return error
-        is_hub = self._seat.is_hub
-        kind = Partial if is_hub else Sum
+        adds = self._seat.adds
+        kind = Partial if adds else Sum
         if not isinstance(message, kind) or (kind is Sum and sender != self._seat.hub):
-            what = f"sent a {type(message).__name__}, due was a {kind.__name__}{'' if is_hub else ' of the hub'}"
+            what = f"sent a {type(message).__name__}, due was a {kind.__name__}{'' if adds else ' of the hub'}"
         elif isinstance(message, Partial) and message.rank != self._seat.ranks.get(sender):
             what = f"claims rank {message.rank}"
         elif (message.step, message.op) != (due.step, due.op):

@@ -28,7 +28,7 @@ GROUPS, FFN = Span(0, SPEC.kv_heads), Span(0, SPEC.ffn_tiles)
 PLAN = plan_of(
     [
         (Span(0, 1), [("a", GROUPS, FFN)], 0),
-        (Span(1, 3), [("b", Span(0, 1), Span(0, 2)), ("c", Span(1, 2), Span(2, 3))], 0),
+        (Span(1, 3), [("b", Span(0, 1), Span(0, 1)), ("c", Span(1, 2), Span(1, 2)), ("e", Span(2, 2), Span(2, 3))], 0),
         (Span(3, 4), [("d", GROUPS, FFN)], 0),
     ],
     head="a",

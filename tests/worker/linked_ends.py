@@ -1,4 +1,4 @@
-"""Two workers' data sockets, linked with each other over loopback."""
+"""The data sockets of several workers, linked with the first over loopback."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from protocol.messages import LinkMode, LinkOrder, Peer
 from protocol.security import KeyPair
 from worker.links import Links
 
-A, B = WorkerId("a"), WorkerId("b")
-
 
 @contextlib.contextmanager
-def linked_ends() -> Iterator[tuple[Links, Links]]:
-    """Yield the links of a and of b, which has dialled a, under epoch 1."""
-    keys = [KeyPair.generate(), KeyPair.generate()]
-    one, two = Links(keys[0], LOOPBACK), Links(keys[1], LOOPBACK)
-    with contextlib.closing(one), contextlib.closing(two):
-        for links, name in ((one, A), (two, B)):
+def linked_ends(*names: WorkerId) -> Iterator[list[Links]]:
+    """Yield the links of these workers under epoch 1: the first listens, all others have dialled it."""
+    keys = [KeyPair.generate() for _ in names]
+    with contextlib.ExitStack() as stack:
+        first, *others = ends = [stack.enter_context(contextlib.closing(Links(one, LOOPBACK))) for one in keys]
+        for links, name in zip(ends, names, strict=True):
             links.attach(name, "127.0.0.1:9", keys[0].public)  # nobody is there
-        one.admit([keys[1].public])
-        address = one.address.removeprefix("tcp://")
-        one.begin(1, [LinkOrder(peer=Peer(worker=B, public_key=keys[1].public, addresses=()), mode=LinkMode.LISTEN)])
-        peer = Peer(worker=A, public_key=keys[0].public, addresses=(address,))
-        two.begin(1, [LinkOrder(peer=peer, mode=LinkMode.DIAL)])
+        peers = [
+            Peer(worker=name, public_key=one.public, addresses=(links.address.removeprefix("tcp://"),))
+            for links, name, one in zip(ends, names, keys, strict=True)
+        ]
+        first.admit([one.public for one in keys[1:]])
+        first.begin(1, [LinkOrder(peer=peer, mode=LinkMode.LISTEN) for peer in peers[1:]])
+        for links in others:
+            links.begin(1, [LinkOrder(peer=peers[0], mode=LinkMode.DIAL)])
         for _ in range(500):
-            if not any(one.unlinked) and not any(two.unlinked):
+            if not any(name for links in ends for name in links.unlinked):
                 break
-            assert one.receive(0.02) is None
-            assert two.receive(0.02) is None
-        assert not any(one.unlinked) and not any(two.unlinked)
-        yield one, two
+            for links in ends:
+                assert links.receive(0.02) is None
+        assert not any(name for links in ends for name in links.unlinked)
+        yield ends

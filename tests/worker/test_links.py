@@ -47,8 +47,8 @@ def cluster(tmp_path: Path) -> Iterator[TinyCluster]:
 @pytest.fixture
 def ends() -> Iterator[tuple[Links, Links]]:
     """Two linked ends, b dials a."""
-    with linked_ends() as both:
-        yield both
+    with linked_ends(A, B) as (one, two):
+        yield one, two
 
 
 def test_a_broken_line_to_the_coordinator_is_told() -> None:

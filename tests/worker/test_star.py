@@ -42,20 +42,22 @@ class FakeLane:
 
     def sum(self, step: int, op: int) -> Unfinished | None:
         post, seat, room = self._post, self._seat, self._room
-        due, part = seat.due(step, op, len(room.part)), b""
+        due = seat.due(step, op, len(room.part))
         if seat.has_part[op & 1]:
-            part = bytes(room.part)
-            if seat.is_hub:
+            if seat.adds:
                 due.parts[seat.own] = room.part
-            else:
-                post.send(seat.targets, seat.partial_header(step, op, seat.rank, seat.form), part)
+            if not seat.hands_out:
+                header = seat.partial_header(step, op, seat.ranks[seat.own], seat.form)
+                post.send(seat.targets, header, bytes(room.part))
         unread: Any = post.take(due)
         if due.owing:
-            return Unfinished(due, unread, seat.targets if seat.is_hub else ())
-        if not seat.is_hub:
+            return Unfinished(due, unread, seat.targets if seat.hands_out else ())
+        if not seat.adds:
             room.total[:] = due.parts[seat.hub]
             return None
         room.total[:] = add_parts(list(due.parts.values()), FP32, (len(room.part_TD), SPEC.hidden))
+        if not seat.hands_out:
+            return None
         post.send(seat.targets[:1], seat.sum_header(step, op, seat.form), room.total)
         return Unfinished(due, None, seat.targets[1:]) if seat.targets[1:] else None
 
@@ -72,6 +74,7 @@ def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(FakePost, "has_doors", request.param)
     monkeypatch.setattr(star_module, "HubLane", FakeLane)
     monkeypatch.setattr(star_module, "MemberLane", FakeLane)
+    monkeypatch.setattr(star_module, "PairLane", FakeLane)
 
 
 class FakePost:
@@ -192,6 +195,34 @@ def test_sums_of_the_same_size_follow_each_other_in_the_same_memory() -> None:
         assert torch.equal(first, tensor(2.0))
         assert torch.equal(end.reduce(6, 2, ATTENTION, tensor(1.0)), tensor(3.0))
         assert torch.equal(first, tensor(3.0))
+
+
+PAIR = plan_of([(Span(0, SPEC.layers), [("a", Span(0, 2), Span(0, 1)), ("b", Span(2, 2), Span(1, 3))], 1)], head="a")
+
+
+@pytest.mark.parametrize("own", [A, B])
+def test_two_send_each_other_their_parts_and_both_add_them(own: WorkerId) -> None:
+    other, rank = (B, 0) if own == A else (A, 1)
+    post = FakePost([part(other, 1 - rank, 2.0, op=FFN)])
+    end = Star(PAIR, own, post, torch.device("cpu"))
+    assert torch.equal(end.reduce(5, 2, FFN, tensor(1.0)), tensor(3.0))
+    message = Partial(epoch=1, step=5, op=FFN, rank=rank, format=FP32)
+    assert post.sent == [(other, message, bytes(to_wire(tensor(1.0), FP32)))]
+
+
+def test_of_two_one_may_have_no_part() -> None:
+    ends = [(A, tensor(4.0), []), (B, None, [part(A, 0, 4.0)])]
+    for own, own_TD, frames in ends:
+        post = FakePost(frames)
+        assert torch.equal(Star(PAIR, own, post, torch.device("cpu")).reduce(5, 2, ATTENTION, own_TD), tensor(4.0))
+        assert len(post.sent) == (own_TD is not None)
+
+
+def test_what_does_not_fit_of_two_names_its_sender() -> None:
+    for frame in (total(A, 1.0), part(A, 0, 1.0, op=FFN), part(A, 1, 1.0), part(A, 0, 1.0, rows=1)):
+        with pytest.raises(ProtocolViolation) as caught:
+            Star(PAIR, B, FakePost([frame]), torch.device("cpu")).reduce(5, 2, ATTENTION, None)
+        assert caught.value.node == A
 
 
 def test_a_part_that_comes_twice_is_refused() -> None:
