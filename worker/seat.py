@@ -20,10 +20,7 @@ SUM: Final = flat.FORMS[Sum]
 
 
 class Seat:
-    """What a member has to know of its stage.
-
-    Of a pair, the first is for even operations (attention), the second for odd ones (FFN).
-    """
+    """What a member has to know of its stage."""
 
     def __init__(self, plan: Plan, own: WorkerId) -> None:
         """Raises ValueError for who is a member of no stage."""
@@ -46,7 +43,7 @@ class Seat:
             tuple(share.worker for share in stage.members if len(share.groups)),
             tuple(share.worker for share in stage.members if len(share.ffn)),
         )
-        """Who has a part, in the order of ranks."""
+        """Who has a part, in the order of ranks; of even operations (attention), then of odd ones (FFN)."""
         self.has_part = tuple(own in owners for owners in self.owners)
         self.sources = {owner for owners in self.owners for owner in owners} - {own} if self.adds else {self.hub}
         """Who sends to this member."""
