@@ -16,7 +16,7 @@ from protocol.tiles import TileId, TileKind, head_tiles, layer_tiles, tile_bytes
 FLOAT32_BYTES = 4
 SLACK_BYTES = 32 << 20
 """What libraries load when a step first uses them (measured: 12 MB of code, 8 MB of data), Python objects of a plan,
-ZeroMQ's queues, holes between what is allocated."""
+ZeroMQ's queues, small sums, holes between what is allocated."""
 HIDDEN_COPIES = 10  # hidden states, norms, q, k, v, partial, sum, and two frames on their way in and out
 FFN_COPIES = 3  # gate, up, their product
 LOGIT_COPIES = 2  # blocks of the lm_head, and their logits side by side

@@ -46,7 +46,7 @@ class HubLane:
         self._seat = seat
         self._room = room
         self._neighbour = next(iter(seat.sources))  # the only one where the door is not the listener
-        self._adders = tuple(Adder(room, len(owners)) for owners in seat.owners)
+        self._adders = _adders(seat, room)
         self._places = _places(seat, self._adders)
 
     def sum(self, step: int, op: int) -> Unfinished | None:
@@ -147,7 +147,7 @@ class PairLane:
         self._seat = seat
         self._rank, self._other_rank = seat.ranks[seat.own], seat.ranks[self._other]
         self._room = room
-        self._adders = tuple(Adder(room, len(owners)) for owners in seat.owners)
+        self._adders = _adders(seat, room)
         self._places = _places(seat, self._adders)
 
     def sum(self, step: int, op: int) -> Unfinished | None:
@@ -190,6 +190,13 @@ class PairLane:
 Lane = HubLane | MemberLane | PairLane
 Places = Mapping[WorkerId, tuple[int, memoryview]]
 """The rank of who has a part, and where its part is laid."""
+
+
+def _adders(seat: Seat, room: Room) -> tuple[Adder, Adder]:
+    """Return the adders of even and of odd operations: one for both where the same members have parts."""
+    even, odd = seat.owners
+    adder = Adder(room, len(even))
+    return adder, adder if odd == even else Adder(room, len(odd))
 
 
 def _places(seat: Seat, adders: Sequence[Adder]) -> tuple[Places, ...]:

@@ -23,6 +23,8 @@ from coordinator.events import (
 from protocol.batches import Sampling
 from protocol.ids import SessionId, WorkerId
 from protocol.messages import (
+    OLDEST_VERSION,
+    VERSION,
     DeviceProfile,
     ErrorReport,
     Fault,
@@ -83,8 +85,8 @@ def profile(budget_bytes: int = GB) -> DeviceProfile:
 def joined(name: str, *, budget_bytes: int = GB, phase: WorkerPhase = WorkerPhase.IDLE, epoch: int = 0) -> WorkerJoined:
     """A worker's hello; names that begin with "head" are trusted."""
     hello = Hello(
-        oldest_version=1,
-        version=1,
+        oldest_version=OLDEST_VERSION,
+        version=VERSION,
         software="test",
         worker=WorkerId(name),
         profile=profile(budget_bytes),

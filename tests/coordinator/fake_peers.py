@@ -236,7 +236,7 @@ class Cluster:
         """Enrol a fresh key and return its name; the guest's connection is closed."""
         keys = keys or KeyPair.generate()
         guest = self.dealer(link, routing_id=b"guest-%d" % next(self.numbers))
-        asked = Enroll(oldest_version=1, version=VERSION, software="test", name=name, public_key=keys.public)
+        asked = Enroll(oldest_version=VERSION, version=VERSION, software="test", name=name, public_key=keys.public)
         await guest.send(asked)
         worker = (await guest.expect(Enrolled)).worker
         guest.socket.close()

@@ -20,6 +20,8 @@ from coordinator.admission import (
 from protocol.errors import AccessRefused, VersionMismatch
 from protocol.ids import RequestId, SessionId, WorkerId
 from protocol.messages import (
+    OLDEST_VERSION,
+    VERSION,
     Accepted,
     Activation,
     Cancel,
@@ -61,7 +63,7 @@ def book() -> AccessBook:
     )
 
 
-def ask(public_key: bytes, name: str = "pi", oldest: int = 1, version: int = 1) -> Enroll:
+def ask(public_key: bytes, name: str = "pi", oldest: int = VERSION, version: int = VERSION) -> Enroll:
     return Enroll(oldest_version=oldest, version=version, software="test 9", name=name, public_key=public_key)
 
 
@@ -177,7 +179,7 @@ STEP_DONE = StepDone(epoch=1, step=1, tokens=(), step_s=0.1)
 TILE = TileRequest(digest=b"d" * 32, offset=0, length=1)
 ACCEPTED = Accepted(request=RequestId("r"), session=SessionId(1), prompt_tokens=1)
 ACTIVATION = Activation(epoch=1, step=1, stage=0, format=ActivationFormat.FLOAT32, rows=())
-HELLO = ClientHello(oldest_version=1, version=1, software="")
+HELLO = ClientHello(oldest_version=VERSION, version=VERSION, software="")
 
 
 @pytest.mark.parametrize(
@@ -235,6 +237,7 @@ def test_the_name_in_hello_must_be_the_pinned_one() -> None:
 
 
 def test_versions() -> None:
-    assert agree_version(ask(PI), node="pi", own_software="manyhands 1") == 1
-    with pytest.raises(VersionMismatch, match=r"pi \(test 9\) speaks protocol 7 to 9.*manyhands 1.*speaks 1 to 1"):
+    assert agree_version(ask(PI), node="pi", own_software="manyhands 1") == VERSION
+    ours = f"manyhands 1.*speaks {OLDEST_VERSION} to {VERSION}"
+    with pytest.raises(VersionMismatch, match=rf"pi \(test 9\) speaks protocol 7 to 9.*{ours}"):
         agree_version(ask(PI, oldest=7, version=9), node="pi", own_software="manyhands 1")

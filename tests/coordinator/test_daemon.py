@@ -24,6 +24,8 @@ from protocol.errors import Cancelled, ConfigInvalid, StorageFull
 from protocol.frames import encode
 from protocol.ids import RequestId, WorkerId
 from protocol.messages import (
+    OLDEST_VERSION,
+    VERSION,
     Accepted,
     Cancel,
     ClientHello,
@@ -104,7 +106,13 @@ async def test_a_token_enrols_one_worker_and_a_new_link_is_told(model: Path, tmp
         assert (await cluster.enroll(link, "pi", keys))[0] == "pi"  # the answer was lost: asked again, told again
         second = cluster.dealer(link)
         await second.send(
-            Enroll(oldest_version=1, version=1, software="t", name="pi", public_key=KeyPair.generate().public)
+            Enroll(
+                oldest_version=OLDEST_VERSION,
+                version=VERSION,
+                software="t",
+                name="pi",
+                public_key=KeyPair.generate().public,
+            )
         )
         error = await second.expect(ErrorReport)
         assert (error.code, error.remedy) == ("access-refused", "get a fresh link with `manyhands invite`")
@@ -136,7 +144,10 @@ async def test_a_wrong_version_is_refused_with_both(model: Path, tmp_path: Path)
         await client.send(ClientHello(oldest_version=7, version=9, software="manyhands 99"))
         error = await client.expect(ErrorReport)
         assert error.code == "version-mismatch"
-        assert "manyhands 99) speaks protocol 7 to 9" in error.text and "speaks 1 to 1" in error.text
+        assert (
+            "manyhands 99) speaks protocol 7 to 9" in error.text
+            and f"speaks {OLDEST_VERSION} to {VERSION}" in error.text
+        )
         name, keys = await cluster.enroll(await client.invite(), "pi")
         worker = cluster.dealer(cluster.client_link, keys, b"pi/control")
         hello = Hello(
@@ -153,7 +164,8 @@ async def test_a_key_acts_under_its_own_name_and_role_only(model: Path, tmp_path
         client = await cluster.client()
         _, keys = await cluster.enroll(await client.invite(), "pi")
         hello = Hello(
-            oldest_version=1, version=1, software="t", worker=WorkerId("desk"), profile=PROFILE, data_addresses=(),
+            oldest_version=VERSION, version=VERSION, software="t", worker=WorkerId("desk"), profile=PROFILE,
+            data_addresses=(),
             epoch=0, phase=WorkerPhase.IDLE,
         )  # fmt: skip
         own = cluster.dealer(cluster.client_link, keys, b"pi/control")
@@ -618,7 +630,8 @@ async def test_what_is_pinned_survives_a_restart(model: Path, tmp_path: Path) ->
         assert (await (await cluster.client()).hello()).term == 2
         worker = cluster.dealer(second, keys, b"pi/control")
         hello = Hello(
-            oldest_version=1, version=1, software="t", worker=WorkerId("pi"), profile=PROFILE, data_addresses=(),
+            oldest_version=VERSION, version=VERSION, software="t", worker=WorkerId("pi"), profile=PROFILE,
+            data_addresses=(),
             epoch=0, phase=WorkerPhase.IDLE,
         )  # fmt: skip
         await worker.send(hello)
