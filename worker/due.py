@@ -1,7 +1,7 @@
 """What one sum still waits for: the frames that are due, byte by byte in their headers, and the parts that have come.
 
 Knows nothing of sockets or tensors. Whoever waits knows the header of the frames that are to come, because a message
-has one flat form only: one comparison proves epoch, step, operation and format at once.
+has one flat form only: one comparison proves epoch, step, operation, rank and format at once.
 """
 
 from __future__ import annotations

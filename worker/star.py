@@ -111,7 +111,7 @@ class Star:
                 if doors is not self._doors:
                     self._lanes.clear()
                     self._doors = doors
-                lane = self._lanes[num_rows] if num_rows in self._lanes else self._open_lane(num_rows, room)
+                lane = self._lanes[num_rows] if num_rows in self._lanes else self._open_lane(num_rows, room, doors)
             left = lane.sum(step, op) if lane is not None else self._whole(step, num_rows, op)
             total_TD = room.total_TD if left is None else self._finish(left, num_rows, own_TD, room)
         if not self._is_plain:
@@ -143,10 +143,10 @@ class Star:
             room.part_TD.copy_(own_TD)
         return room
 
-    def _open_lane(self, num_rows: int, room: Room) -> Lane | None:
+    def _open_lane(self, num_rows: int, room: Room, doors: Doors) -> Lane | None:
         """Return the short way for sums of so many rows, if there is one through the doors of this moment."""
-        seat, doors = self._seat, self._doors
-        ways = doors.between(seat.sources, seat.targets) if doors is not None else None
+        seat = self._seat
+        ways = doors.between(seat.sources, seat.targets)
         lane: Lane | None = None
         if ways is not None:
             kind = PairLane if seat.is_pair else HubLane if seat.hands_out else MemberLane
